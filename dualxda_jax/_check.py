@@ -1,0 +1,54 @@
+"""One clear error for bad input: it names the argument, what it was and what it must be."""
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+
+
+def fail(argument: str, was: Any, must: str) -> NoReturn:
+    """Raise the ValueError that all rooms share."""
+    raise ValueError(f"{argument}: got {was}, must be {must}")
+
+
+def is_traced(*trees: Any) -> bool:
+    """True if any leaf is a tracer, so that its values cannot be looked at."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+
+
+def shape(argument: str, array: Any, expected: Sequence[int | str]) -> None:
+    """Check an array's shape.
+
+    Args:
+        argument: the name that the user knows.
+        array: anything with a shape.
+        expected: one entry a dimension; an int must match, a letter stands for any size.
+
+    Raises:
+        ValueError: another number of dimensions or another size.
+    """
+    got = tuple(np.shape(array))
+    fits = len(got) == len(expected) and all(
+        isinstance(e, str) or g == e for g, e in zip(got, expected, strict=True)
+    )
+    if not fits:
+        fail(argument, f"shape {got}", f"[{', '.join(str(e) for e in expected)}]")
+
+
+def integers(argument: str, array: Any) -> None:
+    """Check that an array holds integers (bool does not count)."""
+    dtype = array.dtype if hasattr(array, "dtype") else np.asarray(array).dtype
+    if not np.issubdtype(dtype, np.integer):
+        fail(argument, f"dtype {dtype}", "integers")
+
+
+def class_range(argument: str, values: Any, num_classes: int) -> None:
+    """Check that concrete labels lie in 0..k-1; does nothing inside a trace, where values are unknown."""
+    if is_traced(values):
+        return
+    values = np.asarray(values)
+    if values.size and (values.min() < 0 or values.max() >= num_classes):
+        bad = values[(values < 0) | (values >= num_classes)]
+        first = int(np.flatnonzero((values < 0) | (values >= num_classes))[0])
+        fail(argument, f"{int(bad[0])} at position {first} ({bad.size} outside)", f"in 0..{num_classes - 1}")
