@@ -1,0 +1,9 @@
+"""A report: figures and one self-contained HTML page from plain data.
+
+Needs the extra `report` (Matplotlib, Jinja2) when it draws, not when it is imported.
+"""
+
+from dualxda_jax.report.content import Pair, Query, Report, Stage, Suspect
+from dualxda_jax.report.page import write
+
+__all__ = ["Pair", "Query", "Report", "Stage", "Suspect", "write"]
