@@ -22,8 +22,13 @@ class Figure(NamedTuple):
 
 
 def number(value: float) -> str:
-    """A signed number with three digits that matter and a true minus sign."""
-    return f"{value:+.3g}".replace("-", _MINUS)
+    """A signed number with three significant digits and a true minus sign, short enough for a caption."""
+    return _short(value, "+", 3)
+
+
+def magnitude(value: float) -> str:
+    """A limit of a colour scale: two significant digits, no sign."""
+    return _short(value, "", 2)
 
 
 def scales(query: Query) -> tuple[float, float]:
@@ -129,6 +134,16 @@ def suspects_figure(suspects: Sequence[Suspect], class_names: Sequence[str], *, 
     return Figure(sheet.png(), sheet.width, sheet.height)
 
 
+def _short(value: float, sign: str, digits: int) -> str:
+    """Format a number; what %g would write as 0.000210 becomes 2.10e−4, which is shorter."""
+    if 0.0 < abs(value) < 1e-3:
+        mantissa, exponent = f"{value:{sign}.{digits - 1}e}".split("e")
+        words = f"{mantissa}e{int(exponent)}"
+    else:
+        words = f"{value:{sign}#.{digits}g}".removesuffix(".")
+    return words.replace("-", _MINUS)
+
+
 def _span(slots: int) -> int:
     return slots * (_TILE + _GAP) - _GAP
 
@@ -138,8 +153,8 @@ def _pair_column(
 ) -> None:
     colour = FOR if pair.score >= 0 else AGAINST
     sheet.text(x, 40, class_names[pair.label], size=12, width=_TILE)
-    sheet.text(x, 56, number(pair.score), size=11.5, colour=colour, bold=True)
-    sheet.text(x + _TILE, 56, f"#{pair.index}", size=10.5, colour=MUTED, align="right")
+    sheet.text(x, 56, number(pair.score), size=11, colour=colour, bold=True)
+    sheet.text(x + _TILE, 56, f"#{pair.index}", size=10, colour=MUTED, align="right")
     maps = (colours(flat(pair.test_map), limit), colours(flat(pair.train_map), limit))
     for y, rgb in zip(rows, (pixels(pair.image), *maps), strict=True):
         sheet.picture(rgb, x, y, _TILE)
@@ -149,17 +164,13 @@ def _legend(sheet: Sheet, x: float, y: float, limit: float, own_limit: float, pa
     """The colour scale, in the one place of the grid that has no map."""
     sheet.text(x, y + 14, "↑ all training", size=10.5, colour=MUTED)
     sheet.text(x, y + 28, "samples together,", size=10.5, colour=MUTED)
-    sheet.text(x, y + 42, f"own scale ±{own_limit:.2g}", size=10.5, colour=MUTED)
+    sheet.text(x, y + 42, f"own scale ±{magnitude(own_limit)}", size=10.5, colour=MUTED)
     if not pairs:
         return
     sheet.text(x, y + 68, "Scale of all pairs →", size=10.5, colour=INK)
     sheet.bar(x, y + 76, _TILE, 9)
-    for place, words, align in (
-        (0, f"{_MINUS}{limit:.2g}", "left"),
-        (0.5, "0", "center"),
-        (1, f"+{limit:.2g}", "right"),
-    ):
-        sheet.text(x + place * _TILE, y + 99, words, size=10.5, align=align)
+    sheet.text(x, y + 99, _MINUS + magnitude(limit), size=10.5)
+    sheet.text(x + _TILE, y + 99, "+" + magnitude(limit), size=10.5, align="right")
 
 
 def _overview_heads(sheet: Sheet, starts: Sequence[float], tile: float, gap: float, block: float) -> None:
@@ -169,7 +180,7 @@ def _overview_heads(sheet: Sheet, starts: Sequence[float], tile: float, gap: flo
     names = [f"Proponent {i + 1}" for i in range(len(starts) - 1)] + ["Strongest opponent"]
     for name, x in zip(names, starts, strict=True):
         colour = AGAINST if name.endswith("opponent") else FOR
-        titles.append((name, x, block, colour, ("training image", "in test image", "in training im.")))
+        titles.append((name, x, block, colour, ("training image", "test map", "training map")))
     for title, x, width, colour, columns in titles:
         sheet.text(x, 17, title, size=13, bold=True, colour=colour)
         sheet.rule(x, 24, width, colour=colour, line=1.2)

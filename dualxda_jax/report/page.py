@@ -53,8 +53,8 @@ def _draw(report: Report) -> dict[str, figures.Figure]:
     if report.queries:
         chosen = _for_overview(report.queries)
         drawn["overview.png"] = figures.overview_figure(chosen, report.class_names)
-        slots = (max(1, *(len(q.proponents) for q in report.queries), 1),
-                 max(1, *(len(q.opponents) for q in report.queries), 1))  # fmt: skip
+        counts = [(1, 1), *((len(q.proponents), len(q.opponents)) for q in report.queries)]
+        slots = (max(p for p, _ in counts), max(o for _, o in counts))
         for i, query in enumerate(report.queries):
             drawn[_name(i)] = figures.query_figure(query, report.class_names, slots=slots)
     if report.suspects:
@@ -67,19 +67,16 @@ def _name(place: int) -> str:
 
 
 def _for_overview(queries: tuple[Query, ...]) -> list[Query]:
-    """Three right predictions of different classes and one wrong, as far as there are any."""
-    wrong = [q for q in queries if not q.right][:1]
-    right: list[Query] = []
+    """Three right predictions and a wrong one, of different classes first, as far as there are any."""
+    varied: list[Query] = []
     rest: list[Query] = []
-    for query in (q for q in queries if q.right):
-        seen = query.target in {q.target for q in right}
-        (rest if seen else right).append(query)
-    more = [q for q in queries if not q.right][1:]
-    return (
-        [*right, *rest][: _OVERVIEW_ROWS - len(wrong)]
-        + wrong
-        + more[: max(0, _OVERVIEW_ROWS - len(wrong) - len(right) - len(rest))]
-    )
+    for query in queries:
+        seen = any((query.right, query.target) == (other.right, other.target) for other in varied)
+        (rest if seen else varied).append(query)
+    right = [q for q in varied + rest if q.right]
+    wrong = [q for q in varied + rest if not q.right]
+    shown = right[: _OVERVIEW_ROWS - min(len(wrong), 1)]
+    return shown + wrong[: _OVERVIEW_ROWS - len(shown)]
 
 
 def _html(report: Report, drawn: dict[str, figures.Figure]) -> str:
@@ -124,8 +121,8 @@ def _entry(place: int, query: Query, report: Report, figure: figures.Figure) -> 
         "label": names[query.label],
         "picture": _embedded(figure),
         "alt": _alt(query, names),
-        "limit": f"{limit:.2g}",
-        "own_limit": f"{own_limit:.2g}",
+        "limit": figures.magnitude(limit),
+        "own_limit": figures.magnitude(own_limit),
         "pairs": rows,
     }
 
@@ -145,5 +142,6 @@ def _alt(query: Query, names: tuple[str, ...]) -> str:
     verdict = "right" if query.right else "wrong"
     return (
         f"Test image {query.index} of class {names[query.label]}, predicted {names[query.target]} ({verdict}), with "
-        f"the surrogate's heat map and, for each pair, the training image and the two relevance maps. {' '.join(groups)}"
+        "the surrogate's heat map and, for each pair, the training image and the two relevance maps. "
+        + " ".join(groups)
     )
