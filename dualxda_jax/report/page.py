@@ -37,9 +37,10 @@ def write(folder: str | os.PathLike[str], report: Report) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     drawn = _draw(report)
-    for old in folder.glob("query-[0-9][0-9]*.png"):
-        if old.name not in drawn:
-            old.unlink()
+    earlier = [*folder.glob("query-[0-9][0-9]*.png"), folder / "overview.png", folder / "suspects.png"]
+    for path in earlier:
+        if path.name not in drawn:
+            path.unlink(missing_ok=True)
     for name, figure in drawn.items():
         (folder / name).write_bytes(figure.png)
     page, partial = folder / "index.html", folder / "index.html.partial"
