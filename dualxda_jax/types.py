@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 Array = jax.Array
 Params = Any
@@ -26,6 +27,36 @@ Progress = Callable[[int, int], None]
 
 def _static() -> Any:
     return dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ImageData:
+    """Labelled images on the host.
+
+    Attributes:
+        images: [n, h, w, c] uint8 in 0..255, or float32 where the files held floats.
+        labels: [n] int32 in 0..k-1.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Some samples, filled up to a fixed size.
+
+    Attributes:
+        inputs: [b, ...] samples in the dtype they came in.
+        labels: [b] integers in 0..k-1.
+        mask: [b] bool, True for real rows; the others are zeros.
+    """
+
+    inputs: np.ndarray | Array
+    labels: np.ndarray | Array
+    mask: np.ndarray | Array
 
 
 @jax.tree_util.register_dataclass
