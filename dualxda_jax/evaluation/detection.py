@@ -70,9 +70,11 @@ def check_scores(scores: Any) -> None:
     if 0 in np.shape(scores):
         _check.fail("scores", f"shape {np.shape(scores)}", "[q, n] with at least one query and one training sample")
     if not _check.is_traced(scores):
-        rows = np.flatnonzero(np.asarray(jnp.any(jnp.isnan(jnp.asarray(scores)), axis=1)))
-        if rows.size:
-            _check.fail("scores", f"NaN in {rows.size} queries, first in row {rows[0]}", "numbers")
+        # On the host: in a trace of something else, jnp would make tracers of known values.
+        values = np.asarray(scores)
+        rows = [i for i in range(len(values)) if np.isnan(values[i]).any()]
+        if rows:
+            _check.fail("scores", f"NaN in {len(rows)} queries, first in row {rows[0]}", "numbers")
 
 
 def _detection(scores: Any, train_labels: Any, targets: Any, k: int, per_query: bool, names: tuple[str, str]) -> Array:
@@ -84,12 +86,13 @@ def _detection(scores: Any, train_labels: Any, targets: Any, k: int, per_query: 
     if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= n:
         _check.fail("k", k, f"an integer in 1..{n}, the number of training samples")
     values = _top_share(
-        _floating(scores), jnp.asarray(train_labels).astype(jnp.int32), jnp.asarray(targets).astype(jnp.int32), k=int(k)
+        floating(scores), jnp.asarray(train_labels).astype(jnp.int32), jnp.asarray(targets).astype(jnp.int32), k=int(k)
     )
     return values if per_query else jnp.mean(values)
 
 
-def _floating(scores: Any) -> Array:
+def floating(scores: Any) -> Array:
+    """An array of floats: what came in, or float32 of it."""
     scores = jnp.asarray(scores)
     return scores if jnp.issubdtype(scores.dtype, jnp.floating) else scores.astype(jnp.float32)
 
