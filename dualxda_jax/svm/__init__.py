@@ -1,0 +1,30 @@
+"""The multi-class SVM whose dual variables are the attribution.
+
+- `solve`: fit, certified by the duality gap. `solve_path`: many costs.
+- `init`, `step`, `finish`: the same algorithm for loops of one's own.
+- `objectives`: primal and dual objective of any dual variables.
+"""
+
+from dualxda_jax.svm.path import solve_path
+from dualxda_jax.svm.solver import (
+    NotConvergedWarning,
+    SolverConfig,
+    SolverState,
+    finish,
+    init,
+    objectives,
+    solve,
+    step,
+)
+
+__all__ = [
+    "NotConvergedWarning",
+    "SolverConfig",
+    "SolverState",
+    "finish",
+    "init",
+    "objectives",
+    "solve",
+    "solve_path",
+    "step",
+]

@@ -1,0 +1,73 @@
+"""Many costs at once: a path from the smallest cost to the largest, each solve warm-started by the one before."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from dualxda_jax import _check
+from dualxda_jax.svm import solver
+from dualxda_jax.svm.solver import SolverConfig
+from dualxda_jax.types import DualSolution
+
+Array = jax.Array
+
+
+def solve_path(
+    features: Array,
+    labels: Array,
+    *,
+    num_classes: int,
+    costs: Any,
+    config: SolverConfig = SolverConfig(),
+) -> DualSolution:
+    """Solve for m costs.
+
+    Args:
+        features: [n, d].
+        labels: [n] integers in 0..k-1.
+        num_classes: k.
+        costs: [m] positive, in any order.
+        config: static options, the same for all.
+
+    Returns:
+        A `DualSolution` whose every array has a leading m axis, in the order of `costs`.
+
+    Raises:
+        ValueError: as `solve`; costs that are not a list of positive finite numbers.
+    """
+    shape = np.shape(costs)
+    if len(shape) != 1 or shape[0] == 0:
+        _check.fail("costs", f"shape {shape}", "[m] with m of 1 or more")
+    if _check.is_traced(features, labels, costs):
+        return _traced_path(features, labels, jnp.asarray(costs), num_classes, config)
+    values = np.asarray(costs, np.float64)
+    if not (np.isfinite(values).all() and (values > 0).all()):
+        _check.fail("costs", values.tolist(), "positive and finite")
+    order = np.argsort(values, kind="stable")
+    solutions: list[Any] = [None] * len(values)
+    previous = None
+    for i in order:
+        previous = solver.solve(
+            features, labels, num_classes=num_classes, cost=float(values[i]), config=config, init=previous
+        )
+        solutions[i] = previous
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *solutions)
+
+
+def _traced_path(features: Array, labels: Array, costs: Array, num_classes: int, config: SolverConfig) -> DualSolution:
+    order = jnp.argsort(costs)
+
+    def one(coefficients: Array, cost: Array) -> tuple[Array, DualSolution]:
+        info: Any = None
+        warm = DualSolution(coefficients, coefficients, coefficients, config.intercept_scaling, info)
+        solution = solver.solve(features, labels, num_classes=num_classes, cost=cost, config=config, init=warm)
+        return lax.stop_gradient(solution.coefficients), solution
+
+    dtype = jnp.float64 if features.dtype == jnp.float64 else jnp.float32
+    first = jnp.zeros((features.shape[0], num_classes), dtype)
+    solutions = lax.scan(one, first, costs[order])[1]
+    back = jnp.argsort(order)
+    return jax.tree.map(lambda a: a[back], solutions)

@@ -1,0 +1,443 @@
+"""The certified solver: `init` and `step` for loops of one's own, `solve` for everybody else."""
+
+import dataclasses
+import functools
+import math
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from dualxda_jax import _check
+from dualxda_jax.svm import newton
+from dualxda_jax.svm.newton import SolverState
+from dualxda_jax.svm.problem import (
+    Array,
+    Problem,
+    from_coefficients,
+    host_objectives,
+    primal_and_gap,
+    relative,
+    to_coefficients,
+    weights_of,
+)
+from dualxda_jax.types import DualSolution, Progress, SolveInfo
+
+
+class NotConvergedWarning(UserWarning):
+    """A solve ended above its tolerance; the solution and its true gap are returned all the same."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SolverConfig:
+    """Static options of the solver.
+
+    Attributes:
+        tolerance: relative duality gap (primal − dual) / max(|primal|, tiny) to reach.
+        max_epochs: passes over the features before giving up.
+        intercept_scaling: the constant feature b appended to every sample; 0 means none.
+        chunk: rows that a pass casts to the working precision at once; bounds the memory beside [n, k].
+        penalty: first penalty of the augmented Lagrangian, relative to the cost.
+        growth: its growth each time that the anchor moves.
+        accuracy: the part of the gap that the inner problem may leave before the anchor moves.
+        max_newton: Newton steps before the anchor moves anyhow.
+    """
+
+    tolerance: float = 1e-4
+    max_epochs: int = 2000
+    intercept_scaling: float = 0.0
+    chunk: int = 4096
+    penalty: float = 0.3
+    growth: float = 3.0
+    accuracy: float = 0.05
+    max_newton: int = 50
+
+    def __post_init__(self) -> None:
+        positive = {"tolerance": self.tolerance, "penalty": self.penalty, "accuracy": self.accuracy}
+        for name, value in positive.items():
+            if not (math.isfinite(value) and value > 0):
+                _check.fail(f"config.{name}", value, "positive and finite")
+        for name, count in {"max_epochs": self.max_epochs, "chunk": self.chunk, "max_newton": self.max_newton}.items():
+            if count < 1:
+                _check.fail(f"config.{name}", count, "1 or more")
+        if not (math.isfinite(self.growth) and self.growth > 1):
+            _check.fail("config.growth", self.growth, "finite and above 1")
+        if not (math.isfinite(self.intercept_scaling) and self.intercept_scaling >= 0):
+            _check.fail("config.intercept_scaling", self.intercept_scaling, "0 or more and finite")
+
+
+def init(
+    features: Array,
+    labels: Array,
+    *,
+    num_classes: int,
+    cost: Array | float,
+    config: SolverConfig = SolverConfig(),
+    init: DualSolution | None = None,
+    sample_weight: Array | None = None,
+) -> SolverState:
+    """The state from which `step` starts. Arguments as `solve`'s."""
+    features, labels, costs = _prepare(features, labels, num_classes, cost, sample_weight)
+    start = _start_coefficients(init, features, labels, num_classes)
+    with jax.enable_x64(True):
+        return _init(features, labels, costs, start, num_classes=num_classes, config=config)
+
+
+def step(
+    state: SolverState,
+    features: Array,
+    labels: Array,
+    *,
+    num_classes: int,
+    cost: Array | float,
+    config: SolverConfig = SolverConfig(),
+    sample_weight: Array | None = None,
+) -> tuple[SolverState, SolveInfo]:
+    """One step of the solver: a Newton step with its line search, or a move of the anchor.
+
+    The info is a certificate too: its primal objective is taken at `state.weights` and its dual one at the state's
+    coefficients. `finish` turns a state into a solution whose weights belong to its coefficients.
+
+    Args:
+        state: from `init` or the last `step`; every other argument as given to `init`.
+
+    Returns:
+        The new state and how far it is.
+    """
+    features, labels, costs = _prepare(features, labels, num_classes, cost, sample_weight)
+    with jax.enable_x64(True):
+        return _step(state, features, labels, costs, config=config)
+
+
+def finish(
+    state: SolverState,
+    features: Array,
+    labels: Array,
+    *,
+    num_classes: int,
+    cost: Array | float,
+    config: SolverConfig = SolverConfig(),
+    sample_weight: Array | None = None,
+) -> DualSolution:
+    """The solution that a state stands for, certified with the weights that its coefficients make.
+
+    Args:
+        state: from `init` or `step`; every other argument as given to `init`.
+    """
+    features, labels, costs = _prepare(features, labels, num_classes, cost, sample_weight)
+    with jax.enable_x64(True):
+        coefficients, info = _certified(state, features, labels, costs, config=config)
+    return _solution(coefficients, features, info, config)
+
+
+def solve(
+    features: Array,
+    labels: Array,
+    *,
+    num_classes: int,
+    cost: Array | float,
+    config: SolverConfig = SolverConfig(),
+    init: DualSolution | None = None,
+    sample_weight: Array | None = None,
+    progress: Progress | None = None,
+) -> DualSolution:
+    """Fit the multi-class SVM of Crammer and Singer and certify the fit by its duality gap.
+
+    Works in eager mode, under `jit` and under `vmap` (over cost or sample_weight). The solve and its certificate run in
+    float64 whatever dtype comes in and whether or not x64 is enabled; features are cast chunk by chunk.
+
+    Args:
+        features: [n, d] floating point.
+        labels: [n] integers in 0..k-1.
+        num_classes: k, 2 or more.
+        cost: scalar C or one per sample [n]; 0 leaves a sample out.
+        config: static options.
+        init: a solution to start from, of another cost, other labels or fewer rows, too (the first rows are taken
+            to be the same samples); what is infeasible here is brought into the box first.
+        sample_weight: [n], multiplies the cost.
+        progress: called on the host after every step with (digits of the gap gained, digits to gain) in thousandths;
+            not under a trace.
+
+    Returns:
+        The solution. `info.converged` is False where `max_epochs` were not enough or where the features hold NaN;
+        `info.gap` is what was reached.
+
+    Raises:
+        ValueError: shapes, dtypes, labels or costs that cannot be, and NaN or Inf in the features (outside of a trace).
+
+    Source: Crammer & Singer, JMLR 2001; for the method see `newton`.
+    """
+    features, labels, costs = _prepare(features, labels, num_classes, cost, sample_weight)
+    start = _start_coefficients(init, features, labels, num_classes)
+    frozen = [lax.stop_gradient(a) for a in (features, labels, costs, start)]
+    if progress is None:
+        coefficients, info = _forward(*frozen, num_classes=num_classes, config=config)
+    else:
+        if _in_trace(*frozen):
+            _check.fail("progress", "a callback inside a trace", "None there")
+        coefficients, info = _watched(*frozen, num_classes=num_classes, config=config, progress=progress)
+    solution = _solution(coefficients, features, info, config)
+    if not _in_trace(solution) and not bool(info.converged):
+        warnings.warn(
+            f"svm.solve reached a relative duality gap of {float(info.gap):.2e}, not the tolerance of "
+            f"{config.tolerance:.0e}, in {int(info.epochs)} epochs: raise config.max_epochs or config.tolerance",
+            NotConvergedWarning,
+            stacklevel=2,
+        )
+    return solution
+
+
+def objectives(
+    features: Array,
+    labels: Array,
+    coefficients: Array,
+    *,
+    num_classes: int,
+    cost: Array | float,
+    intercept_scaling: float = 0.0,
+) -> tuple[Array, Array]:
+    """Primal objective at W(α) and dual objective at α, computed in float64 whatever dtype comes in.
+
+    Args:
+        features: [n, d].
+        labels: [n] integers in 0..k-1.
+        coefficients: [n, k] feasible dual variables.
+        num_classes: k.
+        cost: scalar or [n].
+        intercept_scaling: b.
+
+    Returns:
+        (primal, dual), scalars: float64 NumPy numbers outside of a trace, float32 (float64 under x64) arrays inside.
+    """
+    features, labels, costs = _prepare(features, labels, num_classes, cost, None)
+    _check.shape("coefficients", coefficients, [features.shape[0], num_classes])
+    if not _in_trace(features, labels, coefficients, costs):
+        arrays = [np.asarray(a) for a in (features, labels, coefficients, costs)]
+        primal, dual = host_objectives(*arrays, intercept_scaling)
+        return np.float64(primal), np.float64(dual)  # type: ignore[return-value]
+    with jax.enable_x64(True):
+        parts = _objectives(features, labels, coefficients, costs, intercept_scaling)
+    return parts
+
+
+def _result_dtype(features: Any) -> Any:
+    return jnp.float64 if features.dtype == jnp.float64 else jnp.float32
+
+
+def _in_trace(*trees: Any) -> bool:
+    return _check.is_traced(*trees) or isinstance(jnp.zeros(()), jax.core.Tracer)
+
+
+def _prepare(features: Any, labels: Any, num_classes: int, cost: Any, sample_weight: Any) -> tuple[Array, Array, Array]:
+    """Check everything and return features, int32 labels and the cost of every sample."""
+    if not hasattr(features, "dtype"):
+        features = np.asarray(features)
+    if not jnp.issubdtype(features.dtype, jnp.floating):
+        _check.fail("features", f"dtype {features.dtype}", "floating point")
+    _check.shape("features", features, ["n", "d"])
+    n = features.shape[0]
+    if n == 0:
+        _check.fail("features", "no rows", "[n, d] with n of 1 or more")
+    if features.shape[1] == 0:
+        _check.fail("features", "no columns", "[n, d] with d of 1 or more")
+    if not isinstance(num_classes, (int, np.integer)) or num_classes < 2:
+        _check.fail("num_classes", num_classes, "an integer of 2 or more")
+    _check.shape("labels", labels, [n])
+    _check.integers("labels", labels)
+    _check.class_range("labels", labels, num_classes)
+    _check_costs("cost", cost, n, scalar=True)
+    if sample_weight is not None:
+        _check_costs("sample_weight", sample_weight, n, scalar=False)
+    if not _check.is_traced(features):
+        _check_finite(features)
+    features = jnp.asarray(features)
+    dtype = _result_dtype(features)
+    costs = jnp.broadcast_to(jnp.asarray(cost).astype(dtype), (n,))
+    if sample_weight is not None:
+        costs = costs * jnp.asarray(sample_weight).astype(dtype)
+    return features, jnp.asarray(labels).astype(jnp.int32), costs
+
+
+def _check_costs(name: str, values: Any, n: int, *, scalar: bool) -> None:
+    shape = np.shape(values)
+    if shape != (n,) and not (scalar and shape == ()):
+        _check.fail(name, f"shape {shape}", f"a scalar or [{n}]" if scalar else f"[{n}]")
+    if _check.is_traced(values):
+        return
+    values = np.asarray(values, np.float64)
+    wrong = ~np.isfinite(values) | (values < 0.0)
+    if wrong.any():
+        _check.fail(name, f"{values[wrong].flat[0]} ({int(wrong.sum())} such values)", "finite and 0 or more")
+    if shape == () and values == 0.0:
+        _check.fail(name, "0", "above 0 (a cost per sample may be 0)")
+
+
+def _check_finite(features: Any) -> None:
+    # NumPy, so that concrete features inside somebody's trace can be looked at as well.
+    values = np.asarray(features)
+    parts = [values[i : i + 65536].astype(np.float32) for i in range(0, len(values), 65536)]
+    rows = np.concatenate([np.isfinite(part).all(axis=1) for part in parts])
+    if not rows.all():
+        bad = np.flatnonzero(~rows)
+        first = ", ".join(str(i) for i in bad[:5])
+        _check.fail("features", f"NaN or Inf in {bad.size} of {rows.size} rows, first in rows {first}", "finite")
+
+
+def _start_coefficients(start: DualSolution | None, features: Array, labels: Array, num_classes: int) -> Array:
+    n, dtype = features.shape[0], _result_dtype(features)
+    if start is None:
+        return jnp.zeros((n, num_classes), dtype)
+    coefficients = start.coefficients
+    if coefficients.ndim != 2 or coefficients.shape[0] > n or coefficients.shape[1] != num_classes:
+        _check.fail("init.coefficients", f"shape {coefficients.shape}", f"at most {n} rows of {num_classes}")
+    return jnp.pad(coefficients.astype(dtype), ((0, n - coefficients.shape[0]), (0, 0)))
+
+
+def _problem(features: Array, labels: Array, costs: Array, config: SolverConfig) -> Problem:
+    return Problem(features, labels, costs.astype(jnp.float64), config.intercept_scaling, config.chunk)
+
+
+@functools.partial(jax.jit, static_argnames=("num_classes", "config"))
+def _init(
+    features: Array, labels: Array, costs: Array, start: Array, *, num_classes: int, config: SolverConfig
+) -> SolverState:
+    problem = _problem(features, labels, costs, config)
+    anchor = from_coefficients(start.astype(jnp.float64), labels, problem.cost)
+    return newton.start(problem, anchor, config.penalty)
+
+
+def _advance(state: SolverState, problem: Problem, config: SolverConfig) -> SolverState:
+    return newton.advance(problem, state, accuracy=config.accuracy, growth=config.growth, max_newton=config.max_newton)
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _step(
+    state: SolverState, features: Array, labels: Array, costs: Array, *, config: SolverConfig
+) -> tuple[SolverState, SolveInfo]:
+    problem = _problem(features, labels, costs, config)
+    state = _advance(state, problem, config)
+    return state, _info(state.at.primal, state.gap, state.epochs, config, _result_dtype(features))
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _certified(
+    state: SolverState, features: Array, labels: Array, costs: Array, *, config: SolverConfig
+) -> tuple[Array, SolveInfo]:
+    problem = _problem(features, labels, costs, config)
+    dtype = _result_dtype(features)
+    coefficients, primal, gap = _certificate(problem, state, dtype)
+    return coefficients, _info(primal, gap, state.epochs + 2, config, dtype)
+
+
+def _certificate(problem: Problem, state: SolverState, dtype: Any) -> tuple[Array, Array, Array]:
+    """The coefficients as they are returned, rounded to their dtype, and what is true of exactly those."""
+    coefficients = to_coefficients(state.at.simplex, problem.labels, problem.cost).astype(dtype)
+    rounded = from_coefficients(coefficients.astype(problem.cost.dtype), problem.labels, problem.cost)
+    primal, gap = primal_and_gap(problem, weights_of(problem, rounded), rounded)
+    return coefficients, primal, gap
+
+
+def _info(primal: Array, gap: Array, epochs: Array, config: SolverConfig, dtype: Any) -> SolveInfo:
+    ratio = relative(gap, primal)
+    parts = [a.astype(dtype) for a in (primal, primal - gap, ratio)]
+    return SolveInfo(*parts, epochs.astype(jnp.int32), ratio <= config.tolerance)
+
+
+def _forward(
+    features: Array, labels: Array, costs: Array, start: Array, *, num_classes: int, config: SolverConfig
+) -> tuple[Array, SolveInfo]:
+    """The pure solve: (coefficients [n, k], info). Never differentiated: its inputs carry no gradient."""
+    with jax.enable_x64(True):
+        return _compiled(features, labels, costs, start, num_classes=num_classes, config=config)
+
+
+@functools.partial(jax.jit, static_argnames=("num_classes", "config"))
+def _compiled(
+    features: Array, labels: Array, costs: Array, start: Array, *, num_classes: int, config: SolverConfig
+) -> tuple[Array, SolveInfo]:
+    problem = _problem(features, labels, costs, config)
+    dtype = _result_dtype(features)
+    anchor = from_coefficients(start.astype(jnp.float64), labels, problem.cost)
+    state = newton.start(problem, anchor, config.penalty)
+
+    def unfinished(state: SolverState, target: Array) -> Array:
+        ratio = relative(state.gap, state.at.primal)
+        return (ratio > target) & jnp.isfinite(ratio) & (state.epochs < config.max_epochs)
+
+    def solve_to(state: SolverState, target: Array) -> SolverState:
+        return lax.while_loop(lambda s: unfinished(s, target), lambda s: _advance(s, problem, config), state)
+
+    # The steps certify (W, α) with W ≠ W(α). What is returned is α with W(α), rounded: certified anew, and
+    # solved further where that is not enough.
+    def again(carry: Any) -> Array:
+        state, target, (_, primal, gap), rounds = carry
+        ratio = relative(gap, primal)
+        more = (ratio > config.tolerance) & jnp.isfinite(ratio) & (state.epochs < config.max_epochs)
+        return more & (rounds < MAX_ROUNDS)
+
+    def refine(carry: Any) -> Any:
+        state, target, _, rounds = carry
+        state = solve_to(state, 0.25 * target)
+        state = dataclasses.replace(state, epochs=state.epochs + 2)
+        return state, 0.25 * target, _certificate(problem, state, dtype), rounds + 1
+
+    target = jnp.asarray(4.0 * config.tolerance, jnp.float64)
+    first = refine((state, target, None, jnp.asarray(0, jnp.int32)))
+    state, _, (coefficients, primal, gap), _ = lax.while_loop(again, refine, first)
+    return coefficients, _info(primal, gap, state.epochs, config, dtype)
+
+
+MAX_ROUNDS = 8
+
+
+def _watched(
+    features: Array,
+    labels: Array,
+    costs: Array,
+    start: Array,
+    *,
+    num_classes: int,
+    config: SolverConfig,
+    progress: Progress,
+) -> tuple[Array, SolveInfo]:
+    """The same solve with the loop on the host, so that it can be watched."""
+    with jax.enable_x64(True):
+        state = _init(features, labels, costs, start, num_classes=num_classes, config=config)
+        goal = max(round(-1000.0 * math.log10(config.tolerance)), 1)
+        target = config.tolerance
+        for _ in range(MAX_ROUNDS):
+            while int(state.epochs) < config.max_epochs:
+                ratio = float(relative(state.gap, state.at.primal))
+                digits = -1000.0 * math.log10(max(ratio, 1e-300)) if math.isfinite(ratio) else 0.0
+                progress(min(max(round(digits), 0), goal), goal)
+                if not ratio > target:
+                    break
+                state, _ = _step(state, features, labels, costs, config=config)
+            coefficients, info = _certified(state, features, labels, costs, config=config)
+            state = dataclasses.replace(state, epochs=state.epochs + 2)
+            if bool(info.converged) or int(state.epochs) >= config.max_epochs:
+                break
+            target *= 0.25
+    return coefficients, info
+
+
+def _solution(coefficients: Array, features: Array, info: SolveInfo, config: SolverConfig) -> DualSolution:
+    weights = jnp.einsum(
+        "nk,nd->kd", coefficients, features.astype(coefficients.dtype), precision=lax.Precision.HIGHEST
+    )
+    intercept = config.intercept_scaling**2 * jnp.sum(coefficients, axis=0)
+    return DualSolution(coefficients, weights, intercept, config.intercept_scaling, info)
+
+
+@functools.partial(jax.jit, static_argnames=("intercept_scaling",))
+def _objectives(
+    features: Array, labels: Array, coefficients: Array, costs: Array, intercept_scaling: float
+) -> tuple[Array, Array]:
+    problem = Problem(features, labels, costs.astype(jnp.float64), intercept_scaling, 4096)
+    q = from_coefficients(coefficients.astype(jnp.float64), labels, problem.cost)
+    primal, gap = primal_and_gap(problem, weights_of(problem, q), q)
+    dtype = _result_dtype(features)
+    return primal.astype(dtype), (primal - gap).astype(dtype)
