@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Sequence
 from os import PathLike
-from typing import Any
 
 import numpy as np
 
@@ -65,12 +64,9 @@ def read_npz(path: Path) -> ImageData:
     found = _load(path)
     if isinstance(found, np.ndarray):
         raise bad(path, "a single array", "an .npz file with `images` and `labels`")
-    with found:
-        for name in ("images", "labels"):
-            if name not in found.files:
-                raise bad(path, f"the names {sorted(found.files)}", "an .npz file with `images` and `labels`")
-        images, labels = (_guarded(lambda name=name: found[name], path) for name in ("images", "labels"))
-    return _labelled(images, labels, path, path)
+    if missing := {"images", "labels"} - found.keys():
+        raise bad(path, f"no `{min(missing)}`", "an .npz file with `images` and `labels`")
+    return _labelled(found["images"], found["labels"], path, path)
 
 
 def read_npy(images: Path, labels: Path) -> ImageData:
@@ -90,7 +86,6 @@ def read_npy(images: Path, labels: Path) -> ImageData:
     for path in (images, labels):
         array = _load(path)
         if not isinstance(array, np.ndarray):
-            array.close()
             raise bad(path, "an .npz archive", "a .npy file with one array")
         arrays.append(array)
     return _labelled(arrays[0], arrays[1], images, labels)
@@ -118,22 +113,21 @@ def check_counts(images: np.ndarray, labels: np.ndarray, path: Path, labels_path
         raise bad(labels_path, f"{len(labels)} labels", f"{len(images)}, one for each image in {path}")
 
 
-def _load(path: Path) -> Any:
-    def load() -> Any:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about headers written by Python 2, which numpy reads all the same
-            return np.load(path, allow_pickle=False)
-
-    return _guarded(load, path)
-
-
-def _guarded(load: Any, path: Path) -> Any:
-    """Call load; numpy promises no set of exceptions for damaged files, so every one becomes a DataError."""
+def _load(path: Path) -> np.ndarray | dict[str, np.ndarray]:
+    """The array of a .npy file, or the images and labels among those of a .npz file."""
     try:
-        return load()
+        # The handle is ours because np.load leaves a damaged archive open. The warning that is ignored is about
+        # headers written by Python 2, which numpy reads all the same.
+        with open(path, "rb") as handle, warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            found = np.load(handle, allow_pickle=False)
+            if isinstance(found, np.ndarray):
+                return found
+            with found:
+                return {name: found[name] for name in ("images", "labels") if name in found.files}
     except FileNotFoundError:
         raise bad(path, "no such file", "an existing file") from None
-    except Exception as error:
+    except Exception as error:  # numpy promises no set of exceptions for damaged files
         if "pickle" in str(error):
             raise bad(path, "pickled objects or a foreign file", "plain numpy arrays") from None
         raise bad(path, f"damage ({error or type(error).__name__})", "a complete .npy or .npz file") from None
