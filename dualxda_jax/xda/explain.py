@@ -1,0 +1,209 @@
+"""From a score to heat maps: relevance of one input, of a pair, of the surrogate's logit."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dualxda_jax import _check
+from dualxda_jax.types import Array, FeatureFn, PairRelevance, Params, SupportModel
+from dualxda_jax.xda import graph, plan, transform
+from dualxda_jax.xda.composites import Composite
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def relevance(feature_fn: FeatureFn, params: Params, x: Array, seed: Array, *, composite: Composite) -> Array:
+    """Propagate relevance from the features of a batch to its inputs.
+
+    Compiled once for each feature function, composite and shape: pass the same function object again, not a new lambda.
+
+    Args:
+        feature_fn: (params, x[b, ...]) -> features[b, d].
+        params: its parameters.
+        x: [b, ...] inputs.
+        seed: [b, d] relevance at the features.
+        composite: which rule goes to which layer.
+
+    Returns:
+        [b, ...] relevance at the inputs, in units of the seed. With `zero_bias` every map sums to its seed's sum up to
+        what rules lose by nature (see the composites).
+
+    Raises:
+        ValueError: shapes that do not fit, x that is not floating, or something that is not a composite.
+        NoRuleError: the function contains an operation that relevance cannot pass.
+    """
+    _check_inputs(feature_fn, params, "x", x, composite)
+    features = jax.eval_shape(feature_fn, params, x)
+    _check.shape("seed", seed, features.shape)
+    return _relevance(feature_fn, params, x, jnp.asarray(seed), composite)
+
+
+def explain_pair(
+    feature_fn: FeatureFn, params: Params, x_test: Array, x_train: Array, coefficient: Array, *, composite: Composite
+) -> PairRelevance:
+    """Why a training sample matters to a test sample: the pair's score, propagated to both inputs.
+
+    Both maps start from coefficient · φ(x_train) ⊙ φ(x_test). Works under vmap; for many pairs see `explain_pairs`.
+
+    Args:
+        feature_fn: (params, x[b, ...]) -> features[b, d].
+        params: its parameters.
+        x_test: [...] one test input, without batch axis.
+        x_train: [...] one training input.
+        coefficient: scalar, the dual coefficient of the training sample for the class explained.
+        composite: which rule goes to which layer.
+
+    Returns:
+        The two maps and the score coefficient · ⟨φ(x_train), φ(x_test)⟩.
+
+    Raises:
+        ValueError, NoRuleError: as `relevance`.
+
+    Source: DualXDA (arXiv 2402.12118), section on XDA.
+    """
+    _check.shape("coefficient", coefficient, ())
+    _check.shape("x_train", x_train, np.shape(x_test))
+    one = explain_pairs(
+        feature_fn, params, x_test[None], x_train[None], jnp.asarray(coefficient)[None], composite=composite
+    )
+    return jax.tree.map(lambda leaf: leaf[0], one)
+
+
+def explain_pairs(
+    feature_fn: FeatureFn,
+    params: Params,
+    x_test: Array,
+    x_train: Array,
+    coefficients: Array,
+    *,
+    composite: Composite,
+    chunk_size: int = 32,
+) -> PairRelevance:
+    """`explain_pair` for many pairs, chunk by chunk: memory grows with chunk_size, not with the number of pairs.
+
+    Args:
+        feature_fn: (params, x[b, ...]) -> features[b, d].
+        params: its parameters.
+        x_test: [p, ...] test inputs, one for each pair.
+        x_train: [p, ...] training inputs.
+        coefficients: [p] dual coefficients.
+        composite: which rule goes to which layer.
+        chunk_size: pairs propagated at a time.
+
+    Returns:
+        PairRelevance with a leading axis p.
+
+    Raises:
+        ValueError, NoRuleError: as `relevance`.
+    """
+    _check_inputs(feature_fn, params, "x_test", x_test, composite)
+    _check.shape("x_train", x_train, np.shape(x_test))
+    _check.shape("coefficients", coefficients, np.shape(x_test)[:1])
+    if chunk_size < 1:
+        _check.fail("chunk_size", chunk_size, "at least 1")
+    if jnp.result_type(x_train) != jnp.result_type(x_test):
+        _check.fail("x_train", jnp.result_type(x_train), f"of x_test's dtype {jnp.result_type(x_test)}")
+    coefficients = jnp.asarray(coefficients)
+    return _pairs(feature_fn, params, jnp.asarray(x_test), jnp.asarray(x_train), coefficients, composite, chunk_size)
+
+
+def explain_logit(
+    feature_fn: FeatureFn, params: Params, model: SupportModel, x: Array, target: Array, *, composite: Composite
+) -> Array:
+    """The surrogate's own heat map: its logit for one class, without intercept, propagated to the input.
+
+    Args:
+        feature_fn: (params, x[b, ...]) -> features[b, d].
+        params: its parameters.
+        model: the surrogate.
+        x: [...] one input, without batch axis.
+        target: the class.
+        composite: which rule goes to which layer.
+
+    Returns:
+        Array like x; with zero_bias it sums to ⟨weights[target], φ(x)⟩.
+
+    Raises:
+        ValueError, NoRuleError: as `relevance`; target outside of 0..k-1.
+    """
+    _check.shape("target", target, ())
+    _check.integers("target", target)
+    _check.class_range("target", target, model.weights.shape[0])
+    _check_inputs(feature_fn, params, "x", jnp.asarray(x)[None], composite)
+    return _logit(feature_fn, params, model.weights, jnp.asarray(x), jnp.asarray(target), composite)
+
+
+def _check_inputs(feature_fn: FeatureFn, params: Params, argument: str, x: Array, composite: Composite) -> None:
+    transform.check_composite(composite)
+    if np.ndim(x) < 1:
+        _check.fail(argument, f"shape {np.shape(x)}", "[b, ...]")
+    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        _check.fail(argument, f"dtype {jnp.result_type(x)}", "floating: relevance needs a scale, not counts")
+    out = jax.eval_shape(feature_fn, params, x)
+    if getattr(out, "ndim", None) != 2 or out.shape[0] != np.shape(x)[0]:
+        _check.fail("feature_fn", f"output {out} for {argument} of shape {np.shape(x)}", "features [b, d]")
+
+
+def _propagator(feature_fn: FeatureFn, params: Params, x: Array, composite: Composite) -> Any:
+    """The features of x and the function from their relevance to that of x."""
+    traced = graph.build(feature_fn, (params,), x)
+    planned = plan.make(traced, composite, seeded=True)
+    leaves = jax.tree.leaves(params)
+    features, transpose = jax.vjp(lambda x: transform.run(planned, leaves, x)[0], x)
+
+    def propagate(seed: Array) -> Array:
+        (arrived,) = transpose(seed.astype(features.dtype))
+        given = traced.data in planned.relevance or composite.seed == "gradient"
+        return arrived if given else x * arrived
+
+    return features, propagate
+
+
+@functools.partial(jax.jit, static_argnames=("feature_fn", "composite"))
+def _relevance(feature_fn: FeatureFn, params: Params, x: Array, seed: Array, composite: Composite) -> Array:
+    return _propagator(feature_fn, params, x, composite)[1](seed)
+
+
+@functools.partial(jax.jit, static_argnames=("feature_fn", "composite"))
+def _logit(
+    feature_fn: FeatureFn, params: Params, weights: Array, x: Array, target: Array, composite: Composite
+) -> Array:
+    features, propagate = _propagator(feature_fn, params, x[None], composite)
+    return propagate(weights[target].astype(features.dtype)[None] * features)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("feature_fn", "composite", "chunk_size"))
+def _pairs(
+    feature_fn: FeatureFn,
+    params: Params,
+    x_test: Array,
+    x_train: Array,
+    coefficients: Array,
+    composite: Composite,
+    chunk_size: int,
+) -> PairRelevance:
+    def chunk(pairs: tuple[Array, Array, Array]) -> PairRelevance:
+        test, train, coefficient = pairs
+        p = test.shape[0]
+        # Both sides in one batch: one forward and one backward pass serve the two maps.
+        features, propagate = _propagator(feature_fn, params, jnp.concatenate([test, train]), composite)
+        seed = coefficient.astype(features.dtype)[:, None] * features[:p] * features[p:]
+        maps = propagate(jnp.concatenate([seed, seed]))
+        return PairRelevance(maps[:p], maps[p:], seed.sum(axis=1))
+
+    pairs = (x_test, x_train, coefficients)
+    p = x_test.shape[0]
+    if p <= chunk_size:
+        return chunk(pairs)
+    count = -(-p // chunk_size)
+
+    def split(leaf: Array) -> Array:
+        # The last pair fills up the last chunk, so that every chunk has the same shape.
+        filler = jnp.repeat(leaf[-1:], count * chunk_size - p, axis=0)
+        return jnp.concatenate([leaf, filler]).reshape(count, chunk_size, *leaf.shape[1:])
+
+    maps = jax.lax.map(chunk, jax.tree.map(split, pairs))
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:p], maps)

@@ -1,0 +1,105 @@
+"""Write relevance maps of zennit (torch) on small networks with random weights, one file for each network.
+
+Run with an environment that has torch, torchvision and zennit 0.5.1:
+
+    python tests/golden/make_zennit.py [cnn] [resnet]
+
+Weights are float32 values, everything is computed in float64. Images are channels first, as torch has them. Each map
+is the gradient that a composite leaves at the input when the seed arrives at the output.
+"""
+
+import pathlib
+import sys
+
+import numpy as np
+import torch
+from zennit import composites, rules
+from zennit.types import Linear
+
+HERE = pathlib.Path(__file__).parent
+
+
+def with_composite(name, zero_params):
+    common = {"zero_params": zero_params}
+    if name == "epsilon":
+        layers = [*composites.layer_map_base(), (Linear, rules.Epsilon(**common))]
+        return lambda canonizers: composites.LayerMapComposite(layers, canonizers=canonizers)
+    if name == "epsilon_gamma_box":
+        return lambda canonizers: composites.EpsilonGammaBox(low=-3.0, high=3.0, canonizers=canonizers, **common)
+    if name == "guided_backprop":
+        return lambda canonizers: composites.GuidedBackprop(canonizers=canonizers)
+    cls = "".join(part.capitalize() for part in name.split("_"))
+    return lambda canonizers: getattr(composites, cls)(canonizers=canonizers, **common)
+
+
+NAMES = [
+    "epsilon",
+    "epsilon_plus",
+    "epsilon_plus_flat",
+    "epsilon_alpha2_beta1",
+    "epsilon_alpha2_beta1_flat",
+    "epsilon_gamma_box",
+    "excitation_backprop",
+    "guided_backprop",
+]
+
+
+def maps(model, x, seed, canonizers=None):
+    """One array for each composite, with biases kept and zeroed."""
+    found = {}
+    for name in NAMES:
+        for bias, zero_params in (("kept", None), ("zero", "bias")):
+            composite = with_composite(name, zero_params)(canonizers() if canonizers else None)
+            with composite.context(model) as modified:
+                data = x.clone().requires_grad_(True)
+                (relevance,) = torch.autograd.grad(modified(data), data, seed)
+            found[f"map/{name}/{bias}"] = relevance.detach().numpy()
+    return found
+
+
+def rounded(model, scale_bias):
+    """Random weights that float32 can hold, biases large enough to matter."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 and name.endswith("bias"):
+                parameter.copy_(scale_bias * torch.randn(parameter.shape, generator=generator))
+            parameter.copy_(parameter.float().double())
+    return model
+
+
+def well_posed(model, x, seed, canonizers=None):
+    """Whether zennit's own float32 maps hold five digits: an activation near zero leaves none."""
+    exact = maps(model, x, seed, canonizers)
+    rough = maps(model.float(), x.float(), seed.float(), canonizers)
+    model.double()
+    return all(np.abs(rough[k] - exact[k]).max() <= 1e-5 * np.abs(exact[k]).max() for k in exact)
+
+
+def cnn(attempt):
+    torch.manual_seed(attempt)
+    layers = []
+    for before, after in ((3, 5), (5, 10), (10, 5)):
+        layers += [torch.nn.Conv2d(before, after, 3), torch.nn.ReLU()]
+    layers += [torch.nn.Flatten(), torch.nn.Linear(45, 24), torch.nn.ReLU(), torch.nn.Linear(24, 12), torch.nn.ReLU()]
+    model = rounded(torch.nn.Sequential(*layers).double(), 0.1).eval()
+    x = torch.randn(2, 3, 9, 9).float().double()
+    # Also relevance where a feature is zero, in proportion to what the last ReLU got.
+    seed = (torch.randn(2, 12) * model[:-1](x).abs()).detach().float().double()
+    return model, x, seed, None
+
+
+def write(network):
+    for attempt in range(100):
+        model, x, seed, canonizers = {"cnn": cnn}[network](attempt)
+        if well_posed(model, x, seed, canonizers):
+            break
+    print(network, "from seed", attempt)
+    arrays = {f"weights/{k}": v.numpy().astype(np.float32) for k, v in model.state_dict().items()}
+    arrays |= {"x": x.numpy(), "seed": seed.numpy(), "features": model(x).detach().numpy()}
+    np.savez_compressed(HERE / f"zennit_{network}.npz", **arrays, **maps(model, x, seed, canonizers))
+
+
+if __name__ == "__main__":
+    for network in sys.argv[1:] or ["cnn"]:
+        write(network)
