@@ -128,8 +128,8 @@ class Sheet:
             fontfamily="DejaVu Sans", fontstyle="normal", ha=align, va="center" if middle else "baseline",
             rotation=rotation, linespacing=1.25, parse_math=False, usetex=False,
         )  # fmt: skip
-        # Measuring a text costs as much as drawing it: done only where the widest letters might not fit.
-        if width is not None and len(words) * size * 0.45 > width:
+        # Measuring a text costs as much as drawing it: done only where the widest letters, an em each, might not fit.
+        if width is not None and len(words) * size > width:
             self._shorten(item, words, width)
 
     def png(self) -> bytes:

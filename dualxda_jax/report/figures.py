@@ -22,7 +22,7 @@ class Figure(NamedTuple):
 
 
 def number(value: float) -> str:
-    """A signed number with three significant digits and a true minus sign, short enough for a caption."""
+    """A signed number with three significant digits (two if it is tiny) and a true minus sign: short, for captions."""
     return _short(value, "+", 3)
 
 
@@ -99,9 +99,9 @@ def overview_figure(queries: Sequence[Query], class_names: Sequence[str], *, pro
         limit, own_limit = scales(query)
         for i, rgb in enumerate((pixels(query.image), colours(flat(query.heatmap), own_limit))):
             sheet.picture(rgb, _MARGIN + i * (tile + gap), y, tile)
-        verdict = "✓ right" if query.right else f"✗ true {class_names[query.label]}"
-        words = f"{class_names[query.target]}  {verdict}"
-        sheet.text(_MARGIN, y + tile + 15, words, size=11.5, bold=True, width=2 * tile + gap + block_gap - 4)
+        name = class_names[query.target]
+        words = f"✓ {name}" if query.right else f"✗ {name}, true {class_names[query.label]}"
+        sheet.text(_MARGIN, y + tile + 15, words, size=11.5, bold=True, width=2 * tile + gap + block_gap - 8)
         shown = [*query.proponents[:proponents], *[None] * (proponents - len(query.proponents[:proponents]))]
         for x, pair in zip(starts, [*shown, next(iter(query.opponents), None)], strict=True):
             if pair is None:
@@ -135,9 +135,9 @@ def suspects_figure(suspects: Sequence[Suspect], class_names: Sequence[str], *, 
 
 
 def _short(value: float, sign: str, digits: int) -> str:
-    """Format a number; what %g would write as 0.000210 becomes 2.10e−4, which is shorter."""
+    """Format a number; what %g would write as 0.000210 becomes 2.1e−4, which is shorter."""
     if 0.0 < abs(value) < 1e-3:
-        mantissa, exponent = f"{value:{sign}.{digits - 1}e}".split("e")
+        mantissa, exponent = f"{value:{sign}.1e}".split("e")
         words = f"{mantissa}e{int(exponent)}"
     else:
         words = f"{value:{sign}#.{digits}g}".removesuffix(".")
@@ -154,7 +154,7 @@ def _pair_column(
     colour = FOR if pair.score >= 0 else AGAINST
     sheet.text(x, 40, class_names[pair.label], size=12, width=_TILE)
     sheet.text(x, 56, number(pair.score), size=11, colour=colour, bold=True)
-    sheet.text(x + _TILE, 56, f"#{pair.index}", size=10, colour=MUTED, align="right")
+    sheet.text(x + _TILE, 56, f"#{pair.index}", size=9.5, colour=MUTED, align="right")
     maps = (colours(flat(pair.test_map), limit), colours(flat(pair.train_map), limit))
     for y, rgb in zip(rows, (pixels(pair.image), *maps), strict=True):
         sheet.picture(rgb, x, y, _TILE)

@@ -53,10 +53,10 @@ def test_channels_are_added_and_grey_is_repeated(rng):
     [
         (0.0, "+0.00"),
         (0.014, "+0.0140"),
-        (-0.00021, "\N{MINUS SIGN}2.10e\N{MINUS SIGN}4"),
+        (-0.00021, "\N{MINUS SIGN}2.1e\N{MINUS SIGN}4"),
         (12.345, "+12.3"),
         (123.4, "+123"),
-        (9e-9, "+9.00e\N{MINUS SIGN}9"),
+        (9e-9, "+9.0e\N{MINUS SIGN}9"),
     ],
 )
 def test_numbers(value, words):
