@@ -1,0 +1,7 @@
+"""The paper's networks, adapters from any Flax module to a feature function, and training."""
+
+from dualxda_jax.models import training
+from dualxda_jax.models.adapters import from_linen, from_nnx, head_weights
+from dualxda_jax.models.networks import HEAD, ResNet18, ResNet50, SmallCNN
+
+__all__ = ["HEAD", "ResNet18", "ResNet50", "SmallCNN", "from_linen", "from_nnx", "head_weights", "training"]
