@@ -67,13 +67,19 @@ def name_stack(equation: JaxprEqn) -> str:
     return str(getattr(equation.source_info, "name_stack", ""))
 
 
-def place(equation: JaxprEqn) -> str:
-    """Where in the model an equation comes from: module path and line of source, as far as known."""
-    parts = [name_stack(equation)]
+def place(equations: Sequence[JaxprEqn]) -> str:
+    """Where in the model an operation comes from: module path and line of source, as far as known.
+
+    Args:
+        equations: the call-like equations around it, outermost first, and its own.
+    """
+    parts = ["/".join(n for n in map(name_stack, equations) if n)]
     try:
         from jax._src import source_info_util
 
-        parts.append(source_info_util.summarize(equation.source_info))
+        lines = [source_info_util.summarize(e.source_info) for e in equations]
+        # The innermost that is known: a jaxpr taken from a cache has forgotten its lines.
+        parts.extend([line for line in lines if line and not line.startswith("<unknown>")][-1:])
     except (ImportError, AttributeError):  # the line is a convenience: a jax that moved it loses it, nothing else
         pass
     return ", ".join(p for p in parts if p) or "unknown place"

@@ -7,6 +7,7 @@ from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dualxda_jax.xda import _compat
 
@@ -44,11 +45,19 @@ Atom = Value | Constant
 
 @dataclasses.dataclass(eq=False, frozen=True)
 class Equation:
-    """One primitive applied to atoms; `source` is the equation as jax traced it."""
+    """One primitive applied to atoms.
+
+    Attributes:
+        source: the equation as jax traced it.
+        inputs: what it reads.
+        outputs: what it computes.
+        callers: the call-like equations that it was inlined from, outermost first.
+    """
 
     source: _compat.JaxprEqn
     inputs: tuple[Atom, ...]
     outputs: tuple[Value, ...]
+    callers: tuple[_compat.JaxprEqn, ...] = ()
 
     @property
     def name(self) -> str:
@@ -60,7 +69,7 @@ class Equation:
 
     def refuse(self, reason: str) -> NoRuleError:
         """The error for an operation that relevance cannot pass."""
-        return NoRuleError(f"no rule for `{self.name}` at {_compat.place(self.source)}: {reason}")
+        return NoRuleError(f"no rule for `{self.name}` at {_compat.place([*self.callers, self.source])}: {reason}")
 
 
 @dataclasses.dataclass(eq=False, frozen=True)
@@ -109,6 +118,8 @@ STOPS = frozenset([
 ])
 # fmt: on
 
+_REDUCTIONS = frozenset(["reduce_sum", "reduce_max", "reduce_min", "reduce_prod"])
+
 _RANDOM = frozenset(["random_bits", "random_wrap", "random_fold_in", "random_split", "random_seed", "threefry2x32"])
 
 
@@ -121,7 +132,7 @@ def build(fn: Callable[..., Any], parameters: Sequence[Any], data: Any) -> Graph
         data: its last argument, one array.
 
     Raises:
-        NoRuleError: random numbers meet the data.
+        NoRuleError: random numbers meet the data, or samples of the batch meet each other.
     """
     closed, out_tree = _compat.trace(fn, *parameters, data)
     named = jax.tree_util.tree_leaves_with_path(tuple(parameters))
@@ -140,6 +151,7 @@ def build(fn: Callable[..., Any], parameters: Sequence[Any], data: Any) -> Graph
     reached = _forward(equations, inputs[-1], lambda equation: equation.outputs)
     live = _forward(equations, inputs[-1], _carried) & _backward(equations, outputs)
     _refuse_random(equations, reached)
+    _refuse_batch_statistics(fn, parameters, data, equations, reached, outputs)
     return Graph(
         tuple(equations),
         tuple(inputs[:-1]),
@@ -166,6 +178,7 @@ def _inline(
     arguments: Sequence[Atom],
     constants: dict[Value, Any],
     equations: list[Equation],
+    callers: tuple[_compat.JaxprEqn, ...] = (),
 ) -> list[Atom]:
     env: dict[Any, Atom] = dict(zip(jaxpr.constvars, constvars, strict=True))
     env.update(zip(jaxpr.invars, arguments, strict=True))
@@ -178,11 +191,11 @@ def _inline(
         inner = _compat.inner_jaxpr(source)
         if inner is None:
             outputs: Sequence[Atom] = tuple(Value(v.aval) for v in source.outvars)
-            equations.append(Equation(source, inputs, outputs))  # type: ignore[arg-type]
+            equations.append(Equation(source, inputs, outputs, callers))  # type: ignore[arg-type]
         else:
             closed_over = [Value(v.aval) for v in inner[0].constvars]
             constants.update(zip(closed_over, inner[1], strict=True))
-            outputs = _inline(inner[0], closed_over, inputs, constants, equations)
+            outputs = _inline(inner[0], closed_over, inputs, constants, equations, (*callers, source))
         env.update(zip(source.outvars, outputs, strict=True))
     return [read(v) for v in jaxpr.outvars]
 
@@ -229,3 +242,47 @@ def _refuse_random(equations: Sequence[Equation], reached: set[Value]) -> None:
             random.update(equation.outputs)
             if reached.intersection(equation.outputs):
                 raise equation.refuse("random numbers meet the data; switch dropout off (deterministic=True)")
+
+
+def _refuse_batch_statistics(
+    fn: Callable[..., Any],
+    parameters: Sequence[Any],
+    data: Any,
+    equations: Sequence[Equation],
+    reached: set[Value],
+    outputs: Sequence[Atom],
+) -> None:
+    """Refuse BatchNorm in training mode: what a sample's features are would depend on the rest of the batch.
+
+    Only a function from batch to batch is looked at. An axis of the batch's size may be another axis, so a suspect is
+    confirmed by tracing again with a batch of one more: the batch axis is the one that grew.
+    """
+    if np.ndim(data) == 0 or not all(o.aval.shape[:1] == np.shape(data)[:1] for o in outputs):
+        return
+
+    def suspect(equation: Equation, size: int) -> bool:
+        if equation.name not in _REDUCTIONS or 0 not in equation.params["axes"]:
+            return False
+        return equation.inputs[0].aval.shape[0] == size
+
+    suspects = [i for i, e in enumerate(equations) if suspect(e, len(data)) and e.inputs[0] in reached]
+    if not suspects:
+        return
+    larger = jax.ShapeDtypeStruct((len(data) + 1, *np.shape(data)[1:]), jnp.result_type(data))
+    try:
+        closed, _ = _compat.trace(fn, *parameters, larger)
+    except (TypeError, ValueError):  # made for one batch size only, so that nothing can be confirmed
+        return
+    again: list[Equation] = []
+    inputs = [Value(v.aval) for v in closed.jaxpr.invars]
+    constants = {Value(v.aval): c for v, c in zip(closed.jaxpr.constvars, closed.consts, strict=True)}
+    grown = _inline(closed.jaxpr, list(constants), inputs, constants, again)
+    again = _needed(again, grown)
+    if len(again) != len(equations) or not all(o.aval.shape[:1] == larger.shape[:1] for o in grown):
+        return
+    for i in suspects:
+        if suspect(again[i], larger.shape[0]):
+            raise equations[i].refuse(
+                "it reduces over the batch, as BatchNorm does in training mode; use the running averages "
+                "(use_running_average=True), since a sample alone has to decide its features"
+            )

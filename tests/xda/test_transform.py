@@ -1,0 +1,243 @@
+"""The transformation itself: hand-calculated relevance, what it accepts as it is and what it refuses."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dualxda_jax import xda
+from dualxda_jax.xda import composites
+
+EXACT = {"epsilon": 0.0, "stabilizer": 0.0}
+
+
+def dense(params, x):
+    return x @ params["w"].T + params["b"][None]
+
+
+@pytest.fixture
+def two():
+    """Two inputs, two outputs; W·a + b = [18, 25]."""
+    return {"w": jnp.asarray([[3.0, 4.0], [5.0, 6.0]]), "b": jnp.asarray([7.0, 8.0])}
+
+
+A = np.asarray([[1.0, 2.0]], np.float32)
+
+
+def test_epsilon_by_hand(two):
+    composite = composites.epsilon(zero_bias=False, **EXACT)
+    found = xda.relevance(dense, two, jnp.asarray(A), jnp.asarray([[1 / 3, 2 / 3]]), composite=composite)
+    np.testing.assert_allclose(found, [[17 / 90, 316 / 675]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("neuron", "expected"), [(0, [4 / 19, 8 / 19]), (1, [5 / 27, 14 / 27])])
+def test_skip_connection_by_hand(neuron, expected, two):
+    composite = composites.epsilon(zero_bias=False, **EXACT)
+    seed = jnp.zeros((1, 2)).at[0, neuron].set(1.0)
+    found = xda.relevance(lambda p, x: x + jax.nn.relu(dense(p, x)), two, jnp.asarray(A), seed, composite=composite)
+    np.testing.assert_allclose(found, [expected], rtol=1e-6)
+
+
+def test_zeroed_bias_by_hand(two):
+    found = xda.relevance(
+        dense, two, jnp.asarray(A), jnp.asarray([[11.0, 17.0]]), composite=composites.epsilon(**EXACT)
+    )
+    np.testing.assert_allclose(found, [[3 + 5, 8 + 12]], rtol=1e-6)
+
+
+def test_flat_puts_relevance_on_zero_inputs(two):
+    found = xda.relevance(
+        dense, two, jnp.asarray([[0.0, 3.0]]), jnp.asarray([[1.0, 2.0]]), composite=composites.epsilon_plus_flat()
+    )
+    np.testing.assert_allclose(found, [[1.5, 1.5]], rtol=1e-5)
+
+
+def test_zbox_by_hand():
+    # z = 2·1 - 1·1 - (2·0 + 0) - (-1·4) = 5; R = (2·1 - 0, -1·1 + 1·4)/5
+    composite = composites.epsilon_gamma_box(0.0, 4.0, **EXACT)
+    params = {"w": jnp.asarray([[2.0, -1.0]]), "b": jnp.asarray([9.0])}
+    found = xda.relevance(dense, params, jnp.ones((1, 2)), jnp.asarray([[5.0]]), composite=composite)
+    np.testing.assert_allclose(found, [[2.0, 3.0]], rtol=1e-6)
+
+
+class Normalised(nn.Module):
+    """BatchNorm before and after a convolution, a strided skip, pooling; negative scales among them."""
+
+    train: bool = False
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, x):
+        norm = functools.partial(
+            nn.BatchNorm,
+            use_running_average=not self.train,
+            scale_init=nn.initializers.normal(1.0),
+            bias_init=nn.initializers.normal(0.3),
+        )
+        y = nn.Conv(4, (3, 3))(norm()(x))
+        y = nn.relu(norm()(y))
+        y = nn.Dropout(self.dropout, deterministic=self.dropout == 0)(y)
+        x = nn.relu(nn.Conv(4, (1, 1), strides=(2, 2))(y) + norm()(nn.Conv(4, (3, 3), strides=(2, 2))(y)))
+        x = nn.max_pool(x, (2, 2), (1, 1)).mean((1, 2))
+        return nn.relu(nn.Dense(6)(x))
+
+
+@pytest.fixture
+def normalised(rng):
+    x = jnp.asarray(rng.standard_normal((2, 8, 8, 3)), jnp.float32)
+    variables = Normalised().init(jax.random.key(0), x)
+    statistics = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.uniform(0.2, 2.0, leaf.shape), leaf.dtype), variables["batch_stats"]
+    )
+    return {"params": variables["params"], "batch_stats": statistics}, x
+
+
+def merged(variables, x):
+    """`Normalised` with every BatchNorm merged into its convolution by hand."""
+    params, statistics = variables["params"], variables["batch_stats"]
+
+    def affine(name):
+        scale = params[name]["scale"] / jnp.sqrt(statistics[name]["var"] + 1e-5)
+        return scale, params[name]["bias"] - statistics[name]["mean"] * scale
+
+    def convolve(x, kernel, stride):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=numbers)
+
+    before, shift_before = affine("BatchNorm_0")
+    after, shift_after = affine("BatchNorm_1")
+    first = params["Conv_0"]
+    kernel = first["kernel"] * after[None, None, None]
+    # The shift that comes before the convolution is padded with zeros: at the border it is another bias.
+    moved = convolve(jnp.broadcast_to(shift_before[None, None, None], x.shape), kernel, 1)
+    bias = moved + (first["bias"] * after + shift_after)[None, None, None]
+    y = jax.nn.relu(convolve(x, kernel * before[None, None, :, None], 1) + bias)
+    skip = convolve(y, params["Conv_1"]["kernel"], 2) + params["Conv_1"]["bias"][None, None, None]
+    scale, shift = affine("BatchNorm_2")
+    second = params["Conv_2"]
+    z = convolve(y, second["kernel"] * scale[None, None, None], 2) + (second["bias"] * scale + shift)[None, None, None]
+    x = nn.max_pool(jax.nn.relu(skip + z), (2, 2), (1, 1)).mean((1, 2))
+    return jax.nn.relu(x @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"][None])
+
+
+@pytest.mark.parametrize("bias", ["kept", "zero"])
+@pytest.mark.parametrize("name", ["epsilon_plus", "epsilon_alpha2_beta1_flat", "epsilon_gamma_box"])
+def test_batchnorm_merges_as_by_hand(name, bias, normalised):
+    variables, x = normalised
+    bounds = (-4.0, 4.0) if name == "epsilon_gamma_box" else ()
+    composite = getattr(composites, name)(*bounds, zero_bias=bias == "zero")
+    features = merged(variables, x)
+    np.testing.assert_allclose(Normalised().apply(variables, x), features, atol=1e-5)
+    assert features.any(), "the network has to be alive"
+    found = xda.relevance(Normalised().apply, variables, x, features, composite=composite)
+    expected = xda.relevance(merged, variables, x, features, composite=composite)
+    assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_a_residual_network_conserves(normalised):
+    variables, x = normalised
+    features = Normalised().apply(variables, x)
+    found = xda.relevance(Normalised().apply, variables, x, features, composite=composites.epsilon_plus())
+    np.testing.assert_allclose(found.sum((1, 2, 3)), features.sum(1), rtol=1e-3)
+
+
+def test_outputs_stay(normalised):
+    variables, x = normalised
+    transformed = xda.lrp(functools.partial(Normalised().apply, variables), composite=composites.epsilon_plus())
+    np.testing.assert_allclose(transformed(x), Normalised().apply(variables, x), rtol=1e-6, atol=1e-6)
+
+
+def test_nnx_and_linen_give_the_same(two):
+    layer = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    layer.kernel[...] = two["w"].T
+    layer.bias[...] = two["b"]
+    definition, state = nnx.split(layer)
+    seed = jnp.asarray([[1.0, -2.0]])
+    composite = composites.epsilon()
+    found = xda.relevance(
+        lambda s, x: jax.nn.relu(nnx.merge(definition, s)(x)), state, jnp.asarray(A), seed, composite=composite
+    )
+    linen = {"params": {"kernel": two["w"].T, "bias": two["b"]}}
+    expected = xda.relevance(
+        lambda p, x: jax.nn.relu(nn.Dense(2).apply(p, x)), linen, jnp.asarray(A), seed, composite=composite
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_tanh_passes_relevance(two):
+    seed = jnp.asarray([[1.0, 2.0]])
+    small = jax.tree.map(lambda leaf: leaf / 10, two)
+    composite = composites.epsilon(**EXACT)
+    found = xda.relevance(lambda p, x: jnp.tanh(dense(p, x)) @ p["w"], small, jnp.asarray(A), seed, composite=composite)
+    np.testing.assert_allclose(found.sum(), seed.sum(), rtol=1e-5)
+
+
+def test_training_batchnorm_is_refused(normalised):
+    variables, x = normalised
+
+    def apply(variables, x):
+        return Normalised(train=True).apply(variables, x, mutable=["batch_stats"])[0]
+
+    for batch in (x, x[:1]):
+        with pytest.raises(xda.NoRuleError, match=r"BatchNorm.*training mode"):
+            xda.relevance(apply, variables, batch, jnp.ones((len(batch), 6)), composite=composites.epsilon_plus())
+
+
+def test_live_dropout_is_refused(normalised):
+    variables, x = normalised
+
+    def apply(variables, x):
+        return Normalised(dropout=0.5).apply(variables, x, rngs={"dropout": jax.random.key(0)})
+
+    with pytest.raises(xda.NoRuleError, match="dropout"):
+        xda.relevance(apply, variables, x, jnp.ones((2, 6)), composite=composites.epsilon_plus())
+
+
+def test_while_is_refused(two):
+    def apply(params, x):
+        return jax.lax.while_loop(lambda v: v.sum() < 100, lambda v: 2 * v, dense(params, x))
+
+    with pytest.raises(xda.NoRuleError, match=r"`while`.*reverse"):
+        xda.relevance(apply, two, jnp.asarray(A), jnp.ones((1, 2)), composite=composites.epsilon())
+
+
+class Strange(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return jnp.linalg.inv(nn.Dense(4)(x).reshape(-1, 2, 2)).reshape(-1, 4)
+
+
+def test_an_unknown_operation_is_named_with_its_place():
+    variables = Strange().init(jax.random.key(0), jnp.ones((1, 2)))
+    with pytest.raises(xda.NoRuleError, match=r"no rule for `\w+` at Strange.*test_transform.py"):
+        xda.relevance(Strange().apply, variables, jnp.ones((1, 2)), jnp.ones((1, 4)), composite=composites.epsilon())
+
+
+def test_an_unknown_operation_on_parameters_alone_is_welcome(two):
+    def apply(params, x):
+        return x @ jnp.linalg.inv(params["w"]) + params["b"][None]
+
+    found = xda.relevance(apply, two, jnp.asarray(A), jnp.ones((1, 2)), composite=composites.epsilon())
+    np.testing.assert_allclose(found.sum(), 2.0, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["epsilon_plus_flat", "epsilon_alpha2_beta1_flat"])
+def test_lrp_points_to_relevance_for_first_layer_rules(name):
+    with pytest.raises(ValueError, match=r"xda\.relevance"):
+        xda.lrp(jnp.tanh, composite=getattr(composites, name)())
+
+
+def test_differentiating_the_transformed_function_takes_other_arguments_along(two):
+    def scaled(params, x):
+        return jax.nn.relu(dense(params, x)).sum()
+
+    composite = composites.epsilon(zero_bias=False)
+    transformed = jax.jit(lambda p, x: jax.grad(xda.lrp(functools.partial(scaled, p), composite=composite))(x))
+    # ε with kept biases is the plain gradient, up to ε.
+    np.testing.assert_allclose(
+        transformed(two, jnp.asarray(A)), jax.grad(scaled, argnums=1)(two, jnp.asarray(A)), rtol=1e-5
+    )
