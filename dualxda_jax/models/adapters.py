@@ -70,9 +70,10 @@ def _linen_model(module: nn.Module, path: tuple[str, ...], items: tuple[tuple[st
             _no_such_layer(head, [name for name, kind in called.items() if kind == "Dense"])
         if called[head] != "Dense":
             fail("head", f"{head!r}, a {called[head]}", "a Dense layer")
+        layer = state.get(_COLLECTION, {})
         for name in path:
-            state = state.get(name, {}) if name != path[0] else state.get(_COLLECTION, {}).get(name, {})
-        return _the_input(head, state.get("input", ()))
+            layer = layer.get(name, {})
+        return _the_input(head, layer.get("input", ()))
 
     def logits(params: Params, x: Array) -> Array:
         return module.apply(_variables(params), x, **kwargs)  # type: ignore[return-value]
@@ -188,13 +189,21 @@ def _the_input(head: str, inputs: tuple[Array, ...]) -> Array:
 
 
 def _find_linear(module: nnx.Module, head: str) -> Any:
-    named = {"/".join(map(str, path)): layer for path, layer in nnx.iter_graph(module) if isinstance(layer, nnx.Module)}
-    linear = {name: layer for name, layer in named.items() if isinstance(layer, nnx.Linear | nnx.LinearGeneral)}
-    if head not in linear:
-        if head in named:
-            fail("head", f"{head!r}, a {type(named[head]).__name__}", "a Linear layer")
-        _no_such_layer(head, list(linear))
-    return linear[head]
+    found: Any = module
+    for name in head.split("/"):
+        try:
+            found = (
+                found[int(name) if name.isdigit() else name] if hasattr(found, "__getitem__") else getattr(found, name)
+            )
+        except (AttributeError, KeyError, IndexError, TypeError):
+            _no_such_layer(head, ["/".join(map(str, p)) for p, layer in nnx.iter_graph(module) if _is_linear(layer)])
+    if not _is_linear(found):
+        fail("head", f"{head!r}, a {type(found).__name__}", "a Linear layer")
+    return found
+
+
+def _is_linear(layer: Any) -> bool:
+    return isinstance(layer, nnx.Linear | nnx.LinearGeneral)
 
 
 @functools.cache

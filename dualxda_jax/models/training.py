@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from dualxda_jax import _check, checkpoint
+from dualxda_jax.data import to_float
 from dualxda_jax.types import Array, Params, Progress
 
 
@@ -83,11 +84,6 @@ def config_for(samples: int, *, epochs: int | None = None, **overrides: Any) -> 
     return TrainConfig(steps=epochs * a_pass, **overrides)
 
 
-def to_unit(images: Array) -> Array:
-    """uint8 images in 0..255 -> float32 in [0, 1]; floats pass unchanged."""
-    return images.astype(jnp.float32) / 255.0 if images.dtype == jnp.uint8 else images
-
-
 def init(key: Array, module: nn.Module, example: Any, config: TrainConfig) -> TrainState:
     """Fresh parameters and optimizer state.
 
@@ -98,7 +94,7 @@ def init(key: Array, module: nn.Module, example: Any, config: TrainConfig) -> Tr
         config: how to train.
     """
     example = jnp.zeros(np.shape(example), example.dtype)
-    variables = _init_variables(module, key, to_unit(example))
+    variables = _init_variables(module, key, to_float(example))
     opt_state = jax.jit(_optimizer(config).init)(variables["params"])
     return TrainState(variables, opt_state, jnp.zeros((), jnp.int32), module, config)
 
@@ -120,7 +116,7 @@ def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
         The next state, and {"loss", "accuracy"}, scalars.
     """
     inputs, labels, mask = _unpack(batch)
-    x = to_unit(jnp.asarray(inputs))
+    x = to_float(jnp.asarray(inputs))
     weight = jnp.ones(labels.shape, jnp.float32) if mask is None else jnp.asarray(mask, jnp.float32)
     total = jnp.maximum(weight.sum(), 1.0)
     params = state.variables["params"]
@@ -234,7 +230,7 @@ def predict(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(logits_fn: Callable[[Params, Array], Array], params: Params, x: Array) -> Array:
-    return logits_fn(params, to_unit(x))
+    return logits_fn(params, to_float(x))
 
 
 def accuracy(logits: Any, labels: Any) -> float:
