@@ -130,7 +130,8 @@ def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
         return (losses * weight).sum() / total, (logits, updated)
 
     (value, (logits, updated)), gradient = jax.value_and_grad(loss, has_aux=True)(params)
-    updates, opt_state = _optimizer(state.config).update(gradient, state.opt_state, params)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises its decay rates to the integer step count
+        updates, opt_state = _optimizer(state.config).update(gradient, state.opt_state, params)
     variables = {**state.variables, **updated, "params": optax.apply_updates(params, updates)}
     right = (logits.argmax(-1) == labels).astype(jnp.float32)
     metrics = {"loss": value, "accuracy": (right * weight).sum() / total}
