@@ -33,8 +33,9 @@ _BLOCK_BUDGET = 1 << 24
 def compress(features: Any, labels: Any, solution: DualSolution, *, tolerance: float = 0.0) -> SupportModel:
     """Keep the support vectors of a solution, in the order of the training set.
 
-    Runs on the host: s depends on values, so it cannot be traced. Only support rows are read from `features`, which may
-    be a memory-mapped array. Rows with NaN coefficients are kept, so that they show.
+    Runs on the host: s depends on values, so it cannot be compiled. Derivatives pass through (`jax.grad` of a function
+    that solves, compresses and scores) while which rows are kept is held fixed. Only support rows are read from
+    `features`, which may be a memory-mapped array. Rows with NaN coefficients are kept, so that they show.
 
     Args:
         features: [n, d] the features that were solved on, jax or numpy.
@@ -47,10 +48,8 @@ def compress(features: Any, labels: Any, solution: DualSolution, *, tolerance: f
         A `SupportModel` with s support vectors; s may be 0. Coefficients and features keep their dtypes.
 
     Raises:
-        ValueError: called inside a trace, mismatched shapes, labels that are no integers in 0..k-1, a bad tolerance.
+        ValueError: inside jit or vmap, mismatched shapes, labels that are no integers in 0..k-1, a bad tolerance.
     """
-    if _check.is_traced(features, labels, solution):
-        _check.fail("solution", "a traced value", "concrete: compress runs outside of jit, vmap and grad")
     _check.shape("solution.coefficients", solution.coefficients, ("n", "k"))
     n, k = solution.coefficients.shape
     _check.shape("features", features, (n, "d"))
@@ -63,7 +62,10 @@ def compress(features: Any, labels: Any, solution: DualSolution, *, tolerance: f
     if not (math.isfinite(tolerance) and tolerance >= 0):
         _check.fail("tolerance", tolerance, "a finite number, at least 0")
 
-    largest = np.asarray(_row_maxima(solution.coefficients))
+    coefficients = jax.lax.stop_gradient(jnp.asarray(solution.coefficients))
+    if _check.is_traced(coefficients):
+        _check.fail("solution", "a traced value", "known: compress runs outside of jit and vmap")
+    largest = np.asarray(_row_maxima(coefficients))
     index = np.flatnonzero(~(largest <= tolerance)).astype(np.int32)
     return SupportModel(
         coefficients=_take_rows(solution.coefficients, index),
@@ -211,7 +213,7 @@ def _row_maxima(coefficients: Array) -> Array:
 def _take_rows(array: Any, index: np.ndarray) -> Array:
     if not isinstance(array, jax.Array):
         return jnp.asarray(np.asarray(array[index]))
-    sharding = array.sharding
+    sharding = jax.lax.stop_gradient(array).sharding
     if isinstance(sharding, NamedSharding) and sharding.num_devices > 1:
         # Support rows lie anywhere: only they are collected, and every device gets them all.
         everywhere = NamedSharding(sharding.mesh, PartitionSpec())
@@ -359,10 +361,10 @@ def _kept_scores_jvp(
         coefficient = jnp.sum(jnp.where(own, _pick_rows(coefficients, row).astype(dtype), 0.0), axis=1)
         return coefficient * (jnp.sum(products, axis=1) + squared_intercept)
 
-    def change(row: Array) -> Array:
-        return jax.jvp(functools.partial(pair_scores, row=row), (coefficients, features, query), tuple(tangents[:3]))[1]
+    def all_scores(coefficients: Array, features: Array, query: Array) -> Array:
+        return jax.lax.map(functools.partial(pair_scores, coefficients, features, query), places.T).T
 
-    changed = jax.lax.map(change, places.T).T
+    _, changed = jax.jvp(all_scores, (coefficients, features, query), tuple(tangents[:3]))
     return (kept, places), (changed, np.zeros(places.shape, jax.dtypes.float0))
 
 

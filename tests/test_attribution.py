@@ -120,7 +120,21 @@ class TestCompress:
     def test_inside_a_trace(self, rng):
         features, labels, solution = make_problem(rng)
         with pytest.raises(ValueError, match="outside of jit"):
-            jax.jit(lambda f: attribution.compress(f, labels, solution).features)(features)
+            jax.jit(lambda s: attribution.compress(features, labels, s).features)(solution)
+
+    def test_derivatives_pass_through(self, rng):
+        features, labels, solution = make_problem(rng)
+
+        def total(features, coefficients):
+            changed = DualSolution(**{**vars(solution), "coefficients": coefficients})
+            model = attribution.compress(features, labels, changed)
+            return jnp.sum(model.features[:, :4] * model.coefficients)
+
+        by_features, by_coefficients = jax.grad(total, argnums=(0, 1))(jnp.asarray(features), solution.coefficients)
+        support = np.any(np.asarray(solution.coefficients) != 0, axis=1)
+        np.testing.assert_array_equal(by_features[:, :4], solution.coefficients)
+        np.testing.assert_array_equal(by_features[:, 4:], 0)
+        np.testing.assert_array_equal(by_coefficients, np.where(support[:, None], features[:, :4], 0))
 
 
 class TestScores:
