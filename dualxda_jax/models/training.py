@@ -74,13 +74,13 @@ def config_for(samples: int, *, epochs: int | None = None, **overrides: Any) -> 
 
     Args:
         samples: n.
-        epochs: passes over the data; by default as many as take about 560 steps, at least 6 and at most 30.
+        epochs: passes over the data; by default as many as take about 330 steps, at least 6 and at most 30.
         **overrides: any field of `TrainConfig` but `steps`.
     """
     if samples < 1:
         _check.fail("samples", samples, "at least 1")
     a_pass = -(-samples // overrides.get("batch_size", TrainConfig.batch_size))
-    epochs = min(30, max(6, -(-560 // a_pass))) if epochs is None else epochs
+    epochs = min(30, max(6, round(330 / a_pass))) if epochs is None else epochs
     return TrainConfig(steps=epochs * a_pass, **overrides)
 
 
