@@ -13,10 +13,10 @@ from dualxda_jax.types import Array, Batch
 def batches(
     images: Array | np.ndarray, labels: Array | np.ndarray, *, batch_size: int, key: Array | None = None
 ) -> Iterator[Batch]:
-    """One pass over a data set in batches that all have the same shape.
+    """One pass over a data set in batches that all have the same shape, as a network takes them.
 
-    Batches are numpy arrays in the dtypes given, so that uint8 images stay a byte a value until they are on the device
-    (`to_float`).
+    Batches are numpy arrays. uint8 images become float32 in 0..1 (as by `to_float`), a batch at a time; other dtypes
+    stay.
 
     Args:
         images: [n, ...].
@@ -49,6 +49,7 @@ def _pass(images: np.ndarray, labels: np.ndarray, batch_size: int, order: np.nda
         rows = part if order is None else order[part]
         inputs, targets = images[rows], labels[rows]
         mask = np.arange(batch_size) < len(inputs)
+        inputs = inputs.astype(np.float32) / np.float32(255) if inputs.dtype == np.uint8 else inputs
         yield Batch(_fill(inputs, batch_size), _fill(targets, batch_size), mask)
 
 

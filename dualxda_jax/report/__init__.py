@@ -4,6 +4,6 @@ Needs the extra `report` (Matplotlib, Jinja2) when it draws, not when it is impo
 """
 
 from dualxda_jax.report.content import Pair, Query, Report, Stage, Suspect
-from dualxda_jax.report.page import write
+from dualxda_jax.report.page import need_libraries, write
 
-__all__ = ["Pair", "Query", "Report", "Stage", "Suspect", "write"]
+__all__ = ["Pair", "Query", "Report", "Stage", "Suspect", "need_libraries", "write"]

@@ -32,7 +32,7 @@ def write(folder: str | os.PathLike[str], report: Report) -> Path:
         ValueError: an image, a map or a label that cannot be shown; the message names its place.
         OSError: the folder cannot be written.
     """
-    need("matplotlib", "jinja2")
+    need_libraries()
     check(report)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,6 +47,15 @@ def write(folder: str | os.PathLike[str], report: Report) -> Path:
     partial.write_text(_html(report, drawn), encoding="utf-8")
     partial.replace(page)
     return page
+
+
+def need_libraries() -> None:
+    """Check that a report can be made here, so that long work can ask before it starts.
+
+    Raises:
+        ImportError: names the missing library and the extra that brings it.
+    """
+    need("matplotlib", "jinja2")
 
 
 def _draw(report: Report) -> dict[str, figures.Figure]:

@@ -22,11 +22,12 @@ def test_every_sample_once_in_one_shape(n, batch_size, shuffled):
     got = list(data.batches(images, labels, batch_size=batch_size, key=key))
     assert len(got) == -(-n // batch_size)
     for batch in got:
-        assert batch.inputs.shape == (batch_size, 2, 3, 1) and batch.inputs.dtype == np.uint8
+        assert batch.inputs.shape == (batch_size, 2, 3, 1) and batch.inputs.dtype == np.float32
         assert batch.labels.shape == batch.mask.shape == (batch_size,)
         assert batch.labels.dtype == np.int32 and batch.mask.dtype == bool
         assert not batch.inputs[~batch.mask].any() and not batch.labels[~batch.mask].any()
-        np.testing.assert_array_equal(batch.inputs[batch.mask][:, 0, 0, 0] + 100, batch.labels[batch.mask])
+        pixels = np.round(batch.inputs[batch.mask][:, 0, 0, 0] * 255)
+        np.testing.assert_array_equal(pixels + 100, batch.labels[batch.mask])
     seen = np.concatenate([batch.labels[batch.mask] for batch in got])
     np.testing.assert_array_equal(np.sort(seen) if shuffled else seen, labels)
 
@@ -39,6 +40,16 @@ def test_order_follows_the_key():
 
     np.testing.assert_array_equal(order(0), order(0))
     assert np.any(order(0) != order(1)) and np.any(order(0) != labels)
+
+
+def test_batches_hold_what_to_float_gives_and_leave_other_dtypes_alone():
+    images = np.arange(256, dtype=np.uint8).reshape(4, 8, 8, 1)
+    labels = np.zeros(4, np.int32)
+    (batch,) = data.batches(images, labels, batch_size=4)
+    np.testing.assert_allclose(batch.inputs, np.asarray(data.to_float(images)), rtol=1e-6)
+    (batch,) = data.batches(images.astype(np.int32), labels, batch_size=4)
+    np.testing.assert_array_equal(batch.inputs, images)
+    assert batch.inputs.dtype == np.int32
 
 
 def test_a_batch_is_a_pytree():

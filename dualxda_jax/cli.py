@@ -1,0 +1,145 @@
+"""The command `dualxda`: arguments in, one line out when something is wrong."""
+
+import contextlib
+import functools
+import io
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from dualxda_jax import pipeline
+from dualxda_jax._version import __version__
+
+
+def demo(
+    data: Path | None = None,
+    out: Path = Path("dualxda-demo"),
+    cost: float = pipeline.DemoConfig.cost,
+    limit: int | None = None,
+    seed: int = 0,
+    network: Literal["small-cnn", "resnet-18"] = "small-cnn",
+) -> None:
+    """Train a network, attribute its predictions to training samples, explain the pairs and write a report.
+
+    A second run with the same --out reuses every stage whose inputs have not changed.
+
+    Args:
+        data: folder with MNIST, Fashion-MNIST (IDX files) or CIFAR-10 (binary version) as published; without it the
+            embedded sample of Fashion-MNIST (6,000 training and 1,000 test images).
+        out: folder of the report; the stages are kept in its subfolder "stages".
+        cost: C of the support vector machine; smaller means more support vectors.
+        limit: use at most that many training and test images.
+        seed: of the network's initialisation and training, and of the choice of test images.
+        network: the paper's small CNN, or ResNet-18 (hours on a CPU).
+    """
+    config = pipeline.DemoConfig(data=data, out=out, cost=cost, limit=limit, seed=seed, network=network)
+    console = Console(stderr=True)
+    start = time.perf_counter()
+    with _stage_bars(console) as track:
+        page = pipeline.run(config, track=track)
+    console.print(f"[bold]Report[/bold] after {time.perf_counter() - start:.0f} s. Open this file in a browser:")
+    print(page.resolve())
+
+
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"demo": demo, "version": version}
+
+
+@contextlib.contextmanager
+def _stage_bars(console: Console) -> Iterator[pipeline.Track]:
+    """One progress bar a stage on a terminal; one line a stage, once it is done, where output goes to a file."""
+    if not console.is_terminal:
+        yield functools.partial(_stage_line, console)
+        return
+    columns = (
+        SpinnerColumn(finished_text="[green]✓"),
+        TextColumn("{task.description:<26}"),
+        BarColumn(bar_width=16),
+        TimeElapsedColumn(),
+        TextColumn("[dim]{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as bars:
+
+        @contextlib.contextmanager
+        def track(name: str) -> Iterator[pipeline.Watch]:
+            task = bars.add_task(name, total=None, note="")
+            yield pipeline.Watch(
+                lambda done, total: bars.update(task, completed=done, total=total),
+                lambda note: bars.update(task, note=note),
+            )
+            total = bars.tasks[task].total or 1
+            bars.update(task, completed=total, total=total)
+
+        yield track
+
+
+@contextlib.contextmanager
+def _stage_line(console: Console, name: str) -> Iterator[pipeline.Watch]:
+    start = time.perf_counter()
+    notes: list[str] = []
+    yield pipeline.Watch(lambda done, total: None, notes.append)
+    console.print(f"{name}: {time.perf_counter() - start:.1f} s {', '.join(notes)}", highlight=False)
+
+
+def _parse(arguments: Sequence[str]) -> Callable[[], None]:
+    """Turn arguments into a call; a mistake in them becomes one line."""
+    import tyro
+
+    def bind(function: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+        @functools.wraps(function)
+        def bound(*args: object, **kwargs: object) -> Callable[[], None]:
+            return functools.partial(function, *args, **kwargs)
+
+        return bound
+
+    complaints = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaints):
+            return tyro.extras.subcommand_cli_from_dict(
+                {name: bind(command) for name, command in COMMANDS.items()},
+                prog="dualxda",
+                description="DualXDA: which training samples made a prediction so, and through which features.",
+                args=arguments,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        # tyro draws a box or rules around a title, then says what is wrong.
+        lines = [line.strip(" │╭╮╰╯─-") for line in complaints.getvalue().splitlines()]
+        said = [line for line in lines if line][1:]
+        raise ValueError((said[0] if said else "wrong arguments") + " (dualxda --help)") from None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: those after the program's name; None takes them from the command line.
+
+    Returns:
+        The exit code: 0, 1 for an error (one line on stderr), 130 when interrupted.
+    """
+    try:
+        _parse(sys.argv[1:] if arguments is None else arguments)()
+    except KeyboardInterrupt:
+        print("dualxda: interrupted; finished stages are kept and the next run goes on from there", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError) as error:
+        print(f"dualxda: {_one_line(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, ImportError) and error.name == "tyro":
+        return 'tyro is not installed: pip install "dualxda-jax[all]" brings what the command needs'
+    return " ".join(str(error).split()) or type(error).__name__
