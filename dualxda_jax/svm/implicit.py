@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dualxda_jax import _check
 
@@ -244,6 +245,15 @@ def _dot(left: Array, right: Array, axes: tuple[int, int] = (1, 0)) -> Array:
     return lax.dot_general(left, right, (((axes[0],), (axes[1],)), ((), ())), precision=lax.Precision.HIGHEST)
 
 
+def _sum_rows(left: Array, right: Array) -> Array:
+    """Product leftᵀ · right, replicated: rows across an Explicit mesh axis end in one sum over the devices."""
+    if not _row_sharded(right):
+        return _dot(left, right, (0, 0))
+    everywhere = NamedSharding(jax.typeof(right).sharding.mesh, PartitionSpec(None, None))
+    dimensions = (((0,), (0,)), ((), ()))
+    return lax.dot_general(left, right, dimensions, precision=lax.Precision.HIGHEST, out_sharding=everywhere)
+
+
 def _extended(features: Array, scaling: float) -> Array:
     """Rows in float64, with the constant feature where there is one."""
     features = features.astype(jnp.float64)
@@ -257,7 +267,7 @@ def _outer(left: Array, features: Array, scaling: float, chunk: int) -> Array:
     n, k = left.shape
     width = features.shape[1] + (scaling != 0.0)
     if _whole(features, chunk):
-        return _dot(left, _extended(features, scaling), (0, 0))
+        return _sum_rows(left, _extended(features, scaling))
 
     def add(number: Array, total: Array) -> Array:
         start = jnp.minimum(number * chunk, n - chunk)
@@ -307,7 +317,7 @@ def _solve(at: Point, face: Face, right: Array, static: Static) -> Array:
         rows = _extended(at.features, scaling) * scale
 
         def apply_all(u: Array) -> Array:
-            return _tangent(face.active, _dot(rows, _dot(u, rows, (0, 0)), (1, 1)))
+            return _tangent(face.active, _dot(rows, _sum_rows(u, rows), (1, 1)))
 
         return scale * _conjugate_residuals(apply_all, scale * right, _limit(face))
 

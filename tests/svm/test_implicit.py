@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dualxda_jax.svm import implicit
 
@@ -190,6 +191,33 @@ def test_jit_equals_eager(x64):
     eager, compiled = gradient(problem, 0.8)(*primals), jax.jit(gradient(problem, 0.8))(*primals)
     for one, other in zip(eager, compiled, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_rows_across_a_mesh(x64, kind):
+    """Left-out rows fill the problem up to a multiple of the devices."""
+    features, labels, cost, alpha, active = make_problem(1, 0.8)
+    fill = lambda a: np.concatenate([a, np.zeros_like(a[:2])])  # noqa: E731
+    problem = tuple(map(fill, (features, labels, cost, alpha, active)))
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    weight = jnp.asarray(np.random.default_rng(7).normal(size=(K, D)))
+
+    def gradient(features, cost, labels, alpha):
+        def value(features, cost):
+            solution = implicit.attach(alpha, features, labels, cost, num_classes=K, intercept_scaling=0.8)
+            return jnp.sum(solution * (features @ weight.T))
+
+        return jax.grad(value, argnums=(0, 1))(features, cost)
+
+    arguments = tuple(jnp.asarray(problem[i]) for i in (0, 2, 1, 3))
+    expected = gradient(*arguments)
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(arguments, rows)
+        got = jax.jit(gradient)(*spread)
+    for one, other in zip(got, expected, strict=True):
+        assert one.sharding.shard_shape(one.shape)[0] == 4
+        np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-10)
 
 
 def test_vmap_over_problems_with_different_patterns(x64):
