@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from dualxda_jax import attribution, svm
 from dualxda_jax.svm import implicit
 
 N, D, K = 30, 5, 3
@@ -335,6 +336,71 @@ def test_duplicates_give_finite_derivatives_of_the_weights(x64):
     shared = jax.jacfwd(functools.partial(weights, problem=doubled))(jnp.asarray(doubled[2]))
     np.testing.assert_allclose(shared[..., :N], alone, rtol=1e-7, atol=1e-8)
     np.testing.assert_allclose(shared[..., N], alone[..., twin], rtol=1e-7, atol=1e-8)
+
+
+def numeric_slope(value, primals, tangents, step=1e-6):
+    ahead, behind = (value(*(p + sign * step * t for p, t in zip(primals, tangents, strict=True))) for sign in (1, -1))
+    return (ahead - behind) / (2 * step)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_gradient_through_the_solver(x64, per_sample):
+    features, labels, cost, _, active = make_problem(1, 0.8)
+    rng = np.random.default_rng(11)
+    direction = rng.normal(size=(K, D + 1))
+    weight = rng.uniform(0.5, 2, N) if per_sample else cost / 0.1
+    primals = features, cost / weight if per_sample else np.asarray(0.1), weight
+
+    def exact_value(features, cost, weight):
+        alpha, _ = exact(features, labels, cost * weight, K, 0.8, active)
+        return np.vdot(direction, np.concatenate([alpha.T @ features, 0.64 * alpha.sum(0)[:, None]], axis=1))
+
+    def solved_value(features, cost, weight):
+        config = svm.SolverConfig(tolerance=1e-7, intercept_scaling=0.8)
+        solution = svm.solve(
+            features, jnp.asarray(labels), num_classes=K, cost=cost, sample_weight=weight, config=config
+        )
+        made = jnp.concatenate([solution.weights, solution.intercept[:, None]], axis=1)
+        return jnp.vdot(jnp.asarray(direction), made)
+
+    gradients = jax.jit(jax.grad(solved_value, argnums=(0, 1, 2)))(*map(jnp.asarray, primals))
+    errors = []
+    for place in range(3):
+        for _ in range(5):
+            tangents = [np.zeros_like(p) for p in primals]
+            tangents[place] = rng.normal(size=primals[place].shape)
+            numeric = numeric_slope(exact_value, primals, tangents)
+            errors.append(abs(np.vdot(gradients[place], tangents[place]) - numeric) / abs(numeric))
+    assert np.median(errors) < 1e-5 and np.max(errors) < 1e-3
+
+
+def test_gradient_of_a_top_score(x64):
+    """Solve, compress, rank, and differentiate the score of the first proponent by the training features."""
+    features, labels, cost, _, active = make_problem(1, 0.8)
+    rng = np.random.default_rng(12)
+    query, target = rng.normal(size=D), 1
+
+    def top(features):
+        config = svm.SolverConfig(tolerance=1e-7, intercept_scaling=0.8)
+        solution = svm.solve(features, jnp.asarray(labels), num_classes=K, cost=jnp.asarray(cost), config=config)
+        model = attribution.compress(features, labels, solution)
+        best = attribution.top_k(model, jnp.asarray(query)[None, :], jnp.asarray([target]), k=1)
+        return best.scores[0, 0], best.index[0, 0]
+
+    gradient, place = jax.grad(top, has_aux=True)(jnp.asarray(features))
+
+    def exact_top(features):
+        alpha, _ = exact(features, labels, cost, K, 0.8, active)
+        scores = alpha[:, target] * (features @ query + 0.64)
+        assert scores.argmax() == int(place)
+        return scores.max()
+
+    errors = []
+    for _ in range(5):
+        tangent = rng.normal(size=features.shape)
+        numeric = numeric_slope(exact_top, (features,), (tangent,))
+        errors.append(abs(np.vdot(gradient, tangent) - numeric) / abs(numeric))
+    assert np.median(errors) < 1e-5
 
 
 def test_second_derivative_is_refused(x64):
