@@ -35,7 +35,7 @@ def relevance(feature_fn: FeatureFn, params: Params, x: Array, seed: Array, *, c
         ValueError: shapes that do not fit, x that is not floating, or something that is not a composite.
         NoRuleError: the function contains an operation that relevance cannot pass.
     """
-    _check_inputs(feature_fn, params, "x", x, composite)
+    check_inputs(feature_fn, params, "x", x, composite)
     features = jax.eval_shape(feature_fn, params, x)
     _check.shape("seed", seed, features.shape)
     return _relevance(feature_fn, params, x, jnp.asarray(seed), composite)
@@ -99,7 +99,7 @@ def explain_pairs(
     Raises:
         ValueError, NoRuleError: as `relevance`.
     """
-    _check_inputs(feature_fn, params, "x_test", x_test, composite)
+    check_inputs(feature_fn, params, "x_test", x_test, composite)
     _check.shape("x_train", x_train, np.shape(x_test))
     _check.shape("coefficients", coefficients, np.shape(x_test)[:1])
     if chunk_size < 1:
@@ -132,11 +132,12 @@ def explain_logit(
     _check.shape("target", target, ())
     _check.integers("target", target)
     _check.class_range("target", target, model.weights.shape[0])
-    _check_inputs(feature_fn, params, "x", jnp.asarray(x)[None], composite)
+    check_inputs(feature_fn, params, "x", jnp.asarray(x)[None], composite)
     return _logit(feature_fn, params, model.weights, jnp.asarray(x), jnp.asarray(target), composite)
 
 
-def _check_inputs(feature_fn: FeatureFn, params: Params, argument: str, x: Array, composite: Composite) -> None:
+def check_inputs(feature_fn: FeatureFn, params: Params, argument: str, x: Array, composite: Composite) -> None:
+    """Refuse inputs that do not fit, and feature functions that are none."""
     transform.check_composite(composite)
     if np.ndim(x) < 1:
         _check.fail(argument, f"shape {np.shape(x)}", "[b, ...]")

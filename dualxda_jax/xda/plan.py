@@ -104,7 +104,7 @@ def _step(graph: Graph, composite: Composite, equation: Equation) -> Step:
     if composite.seed == "gradient":
         return steps.native(equation)
     if name in _SUMS or (name in _SHIFTS and len(live) == 2):
-        return steps.sums(equation, composite.stabilizer)
+        return steps.sums(equation, composite.stabilizer * _count(graph, equation))
     if len(live) == 2 and name in ("mul", "dot_general"):
         return steps.halves(equation)
     if len(live) == 2 and name in ("max", "min"):
@@ -116,6 +116,18 @@ def _step(graph: Graph, composite: Composite, equation: Equation) -> Step:
     if name in LINEAR:
         raise equation.refuse("its weights depend on the data")
     raise equation.refuse("relevance propagation does not know this operation on values that depend on the data")
+
+
+def _count(graph: Graph, equation: Equation) -> float:
+    """By what number the result is divided next: a mean is stabilised as a mean, not as a sum."""
+    users = graph.users.get(equation.outputs[0], ())
+    if len(users) == 1 and users[0].name in ("div", "mul"):
+        other = [a for a in users[0].inputs if a is not equation.outputs[0]]
+        if len(other) == 1 and isinstance(other[0], Constant) and np.ndim(other[0].value) == 0:
+            number = abs(float(other[0].value))
+            if number > 0 and (users[0].name == "mul" or users[0].inputs[1] is other[0]):
+                return number if users[0].name == "div" else 1 / number
+    return 1.0
 
 
 def _unary(composite: Composite, equation: Equation, live: int, plain: bool) -> Step | None:

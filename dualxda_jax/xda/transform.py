@@ -43,8 +43,22 @@ def lrp(fn: Callable[[Array], Any], *, composite: Composite) -> Callable[[Array]
     return transformed
 
 
-def run(planned: plan.Plan, parameters: Sequence[Array], data: Array) -> list[Array]:
-    """Evaluate a plan; differentiate this with respect to `data` for the modified gradient."""
+Watch = Callable[[int, str, int, Value, Any], Any]
+
+
+def run(planned: plan.Plan, parameters: Sequence[Array], data: Array, watch: Watch | None = None) -> list[Array]:
+    """Evaluate a plan; differentiate this with respect to `data` for the modified gradient.
+
+    Args:
+        planned: what to run.
+        parameters: leaves of the function's leading arguments.
+        data: its last argument.
+        watch: called as watch(step, "input" or "output", position, value, array) for every live value that a step
+            reads or writes, and gives the array to go on with.
+
+    Returns:
+        The flat outputs.
+    """
     traced = planned.graph
     env: dict[Value, Any] = dict(traced.constants)
     env.update(zip(traced.parameters, parameters, strict=True))
@@ -55,10 +69,19 @@ def run(planned: plan.Plan, parameters: Sequence[Array], data: Array) -> list[Ar
 
     for equation in traced.equations:
         if not any(v in traced.reached for v in equation.outputs):
-            values = _compat.bind(equation.source, [read(a) for a in equation.inputs])
-            env.update(zip(equation.outputs, values, strict=True))
-    for step in planned.steps:
-        env.update(zip(step.outputs, _run_step(planned, step, [read(a) for a in step.inputs]), strict=True))
+            computed = _compat.bind(equation.source, [read(a) for a in equation.inputs])
+            env.update(zip(equation.outputs, computed, strict=True))
+    for number, step in enumerate(planned.steps):
+
+        def seen(side: str, atoms: Sequence[Atom], arrays: Sequence[Any], number: int = number) -> list[Any]:
+            if watch is None:
+                return list(arrays)
+            pairs = enumerate(zip(atoms, arrays, strict=True))
+            return [watch(number, side, i, a, v) if traced.is_live(a) else v for i, (a, v) in pairs]
+
+        values = seen("input", step.inputs, [read(a) for a in step.inputs])
+        outputs = seen("output", step.outputs, _run_step(planned, step, values))
+        env.update(zip(step.outputs, outputs, strict=True))
     return [read(o) for o in traced.outputs]
 
 

@@ -39,6 +39,39 @@ def cnn(weights, x):
     return x
 
 
+def convolve(x, kernel, stride):
+    pad = kernel.shape[2] // 2
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel.transpose(2, 3, 1, 0),
+        (stride, stride),
+        [(pad, pad), (pad, pad)],
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def resnet(weights, x):
+    """ResNet-18 with a 3×3 stem, as its author would write it: nothing merged."""
+
+    def norm(x, name):
+        mean, var, scale, bias = (
+            weights[f"{name}.{k}"][None, None, None] for k in ("running_mean", "running_var", "weight", "bias")
+        )
+        return (x - mean) * (scale * jax.lax.rsqrt(var + 1e-12)) + bias
+
+    x = jax.nn.relu(norm(convolve(x, weights["conv1.weight"], 1), "bn1"))
+    for stage in range(1, 5):
+        for unit in range(2):
+            name = f"layer{stage}.{unit}"
+            stride = 2 if stage > 1 and unit == 0 else 1
+            y = jax.nn.relu(norm(convolve(x, weights[f"{name}.conv1.weight"], stride), f"{name}.bn1"))
+            y = norm(convolve(y, weights[f"{name}.conv2.weight"], 1), f"{name}.bn2")
+            if f"{name}.downsample.0.weight" in weights:
+                x = norm(convolve(x, weights[f"{name}.downsample.0.weight"], stride), f"{name}.downsample.1")
+            x = jax.nn.relu(x + y)
+    return x.mean((1, 2))
+
+
 def load(network, dtype):
     with np.load(GOLDEN / f"zennit_{network}.npz") as stored:
         arrays = dict(stored)
@@ -67,4 +100,23 @@ def test_cnn_in_float32(name, bias):
     arrays, weights, x, seed = load("cnn", jnp.float32)
     np.testing.assert_allclose(cnn(weights, x), arrays["features"], atol=1e-5)
     found = xda.relevance(cnn, weights, x, seed, composite=composite(name, bias == "zero"))
+    assert error(arrays, name, bias, found) <= 1e-4
+
+
+# A selection: every rule, biases kept and zeroed; a ResNet compiles for seconds.
+@pytest.mark.parametrize(
+    ("name", "bias"),
+    [
+        ("epsilon", "zero"),
+        ("epsilon_plus", "kept"),
+        ("epsilon_plus", "zero"),
+        ("epsilon_alpha2_beta1_flat", "kept"),
+        ("epsilon_gamma_box", "zero"),
+        ("guided_backprop", "kept"),
+    ],
+)
+def test_resnet_in_float32(name, bias):
+    arrays, weights, x, seed = load("resnet", jnp.float32)
+    np.testing.assert_allclose(resnet(weights, x), arrays["features"], atol=1e-5)
+    found = xda.relevance(resnet, weights, x, seed, composite=composite(name, bias == "zero"))
     assert error(arrays, name, bias, found) <= 1e-4

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from dualxda_jax import xda
 from dualxda_jax.xda import composites
@@ -145,13 +144,62 @@ def test_a_residual_network_conserves(normalised):
     np.testing.assert_allclose(found.sum((1, 2, 3)), features.sum(1), rtol=1e-3)
 
 
+class Mobile(nn.Module):
+    """Grouped, depthwise and dilated convolutions, both kinds of pooling, concatenation."""
+
+    @nn.compact
+    def __call__(self, x):
+        biased = functools.partial(nn.Conv, bias_init=nn.initializers.normal(0.1))
+        x = nn.relu(biased(8, (3, 3))(x))
+        x = nn.relu(biased(8, (3, 3), feature_group_count=8)(x))
+        y = nn.relu(biased(8, (3, 3), kernel_dilation=(2, 2), feature_group_count=2)(x))
+        average = jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "VALID") / 4
+        x = jnp.concatenate([average, nn.max_pool(y, (2, 2), (2, 2))], axis=-1)
+        return nn.relu(nn.Dense(6, bias_init=nn.initializers.normal(0.1))(x.mean((1, 2))))
+
+
+@pytest.mark.parametrize("name", ["epsilon", "epsilon_plus", "epsilon_plus_flat"])
+def test_grouped_dilated_and_pooled_conserves(name, rng):
+    x = jnp.asarray(rng.standard_normal((2, 8, 8, 3)), jnp.float32)
+    variables = Mobile().init(jax.random.key(1), x)
+    features = Mobile().apply(variables, x)
+    # A feature whose bias nearly cancels leaves little to divide by: the usual 1e-6 takes its share of that.
+    composite = getattr(composites, name)(epsilon=1e-9, stabilizer=1e-9)
+    found = xda.relevance(Mobile().apply, variables, x, features, composite=composite)
+    np.testing.assert_allclose(found.sum((1, 2, 3)), features.sum(1), rtol=1e-3)
+
+
+def test_depthwise_is_the_dense_convolution_with_zeros(rng):
+    def depthwise(kernel, x):
+        return jax.nn.relu(convolve(x, kernel, groups=3)).sum((1, 2))
+
+    def full(kernel, x):
+        return jax.nn.relu(convolve(x, kernel[:, :, 0, :, None] * jnp.eye(3)[None, None], groups=1)).sum((1, 2))
+
+    def convolve(x, kernel, groups):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=groups
+        )
+
+    x = jnp.asarray(rng.standard_normal((2, 5, 5, 3)), jnp.float32)
+    kernel = jnp.asarray(rng.standard_normal((3, 3, 1, 3)), jnp.float32)
+    seed = depthwise(kernel, x)
+    composite = composites.epsilon_alpha2_beta1()
+    found, expected = (xda.relevance(fn, kernel, x, seed, composite=composite) for fn in (depthwise, full))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_outputs_stay(normalised):
     variables, x = normalised
     transformed = xda.lrp(functools.partial(Normalised().apply, variables), composite=composites.epsilon_plus())
     np.testing.assert_allclose(transformed(x), Normalised().apply(variables, x), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:jax.array_ref:DeprecationWarning")  # flax 0.12.0 on jax 0.8.0, at import
 def test_nnx_and_linen_give_the_same(two):
+    from flax import nnx
+
     layer = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
     layer.kernel[...] = two["w"].T
     layer.bias[...] = two["b"]
