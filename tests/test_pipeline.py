@@ -1,6 +1,7 @@
 """The main job on a small part of the embedded sample: what it writes, what a second run reuses, what it recomputes."""
 
 import dataclasses
+import json
 import re
 
 import jax
@@ -70,6 +71,14 @@ def test_the_page_shows_right_and_wrong_predictions_and_every_figure(config, fir
         assert fact in text
     assert "certified" in text and "NOT CONVERGED" not in text
     assert not re.search(r"(src|href)=\"http", text)
+
+
+def test_the_summary_says_the_same_to_programs(config, first):
+    summary = json.loads((config.out / "summary.json").read_text())
+    assert summary["train_size"] == 400 and summary["converged"] is True
+    assert summary["values"]["gap"] <= 1e-4 and 0 <= summary["values"]["accuracy"] <= 1
+    assert [stage["name"].replace(" ", "-") for stage in summary["stages"] if stage["note"]] == KEPT
+    assert all(stage["seconds"] >= 0 for stage in summary["stages"])
 
 
 def test_the_numbers_hold_together(config, first):

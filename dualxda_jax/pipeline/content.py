@@ -1,6 +1,10 @@
 """From the stages' pytrees to what the report shows."""
 
+import dataclasses
+import json
 import platform
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -118,3 +122,28 @@ def environment(config: DemoConfig) -> tuple[str, ...]:
         f"{jax.device_count()} × {device.device_kind} ({device.platform})",
         f"network {config.network}, C = {config.cost:g}, seed {config.seed}",
     )
+
+
+def write_summary(
+    path: Path,
+    values: dict[str, Any],
+    solution: DualSolution,
+    pairs: PairRelevance,
+    config: DemoConfig,
+    dataset: str,
+    stages: Sequence[report.Stage],
+) -> None:
+    """The report's numbers for programs: JSON with the dataset, options, values, stages (seconds) and environment."""
+    info = solution.info
+    numbers = {name: float(value) for name, value in values.items()}
+    numbers |= {"gap": float(info.gap), "conservation": conservation(pairs)}
+    summary = {
+        "dataset": dataset,
+        "options": {name: value for name, value in dataclasses.asdict(config).items() if name not in ("data", "out")},
+        "train_size": solution.coefficients.shape[0],
+        "converged": bool(info.converged),
+        "values": numbers,
+        "stages": [dataclasses.asdict(stage) for stage in stages],
+        "environment": environment(config),
+    }
+    path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")

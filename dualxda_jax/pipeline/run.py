@@ -71,6 +71,7 @@ def run(config: DemoConfig, *, track: store.Track | None = None) -> Path:
         suspects=content.suspects(dataset, found, predicted),
         environment=content.environment(config),
     )  # fmt: skip
+    content.write_summary(config.out / "summary.json", values, solution, maps["pairs"], config, dataset.name, log)
     return stage(
         "write report", lambda progress: report.write(config.out, dataclasses.replace(page, stages=tuple(log)))
     )
