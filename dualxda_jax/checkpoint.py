@@ -5,6 +5,7 @@ The manifest is put in place last and in one step: without it nothing loads, and
 stays whole until that moment.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -353,8 +354,16 @@ def _collect(node: Any, nodes: list[Any]) -> None:
             _collect(child, nodes)
 
 
-def _checkpointer() -> Any:
+@contextlib.contextmanager
+def _checkpointer() -> Iterator[Any]:
+    """Orbax, without its lines of log for every array."""
     import orbax.checkpoint as ocp
 
-    logging.getLogger("absl").setLevel(max(logging.WARNING, logging.getLogger("absl").level))
-    return ocp.PyTreeCheckpointer()
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(max(logging.WARNING, level))
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            yield checkpointer
+    finally:
+        logger.setLevel(level)

@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dualxda: interrupted; finished stages are kept and the next run goes on from there", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         print(f"dualxda: {_one_line(error)}", file=sys.stderr)
         return 1
     return 0
