@@ -5,11 +5,10 @@
 - `objectives`: primal and dual objective of any dual variables.
 """
 
+from dualxda_jax.svm.config import NotConvergedWarning, SolverConfig
+from dualxda_jax.svm.newton import SolverState
 from dualxda_jax.svm.path import solve_path
 from dualxda_jax.svm.solver import (
-    NotConvergedWarning,
-    SolverConfig,
-    SolverState,
     finish,
     init,
     objectives,

@@ -1,13 +1,13 @@
-"""One step of the semismooth Newton method on the augmented Lagrangian.
+"""The semismooth Newton method on the augmented Lagrangian.
 
 The proximal point method on the dual keeps an anchor q̄ and a penalty r and minimises over W the smooth function
 
     φ(W) = ½‖W‖² + Σ_i C_i max_q [ q·z_i − z_{i y_i} − ‖q − q̄_i‖² / 2r ],       q_i = Proj(q̄_i + r z_i)
 
-whose gradient is W − W(α(q)). Its generalised Hessian I + r Σ_i C_i J_i ⊗ φ_iφ_iᵀ with J_i = diag(s) − ssᵀ/|s|, s the positive
-entries of q_i, counts only rows with two or more of them: few of all near the optimum. Newton's equation is solved by
-conjugate gradients over those rows alone. Then the anchor moves to q and the penalty grows. Every q is feasible, so that every
-step has an exact gap, and zeros are exact.
+whose gradient is W − W(α(q)). Its generalised Hessian I + r Σ_i C_i J_i ⊗ φ_iφ_iᵀ with J_i = diag(s) − ssᵀ/|s|, s the
+positive entries of q_i, counts only rows with two or more of them: few of all near the optimum. Newton's equation is
+solved by conjugate gradients over those rows alone. Then the anchor moves to q and the penalty grows. Every q is feasible,
+so that every step has an exact gap, and zeros are exact.
 
 Source: Yan & Li, Efficient semismooth Newton for SVMs (2019), and Niu et al. (2019), for two classes; the multi-class
 form replaces their scalar projection by the one onto the simplex.
@@ -21,34 +21,31 @@ import jax.numpy as jnp
 from jax import lax
 
 from dualxda_jax.svm import simplex
-from dualxda_jax.svm.problem import (
-    Array,
-    Chunk,
-    Problem,
-    outer,
-    over_rows,
-    row_gap,
-    rows_of,
-    scores,
-    weights_of,
-)
+from dualxda_jax.svm.config import SolverConfig
+from dualxda_jax.svm.problem import Array, Chunk, Problem, columns, gather, outer, over_rows, scores
 
 MAX_PENALTY = 1e8
 FORCING = 0.1
+FORCING_LATE = 0.01
 MAX_CG = 500
+SHORTEST_STEP = 1e-4
+TRUST = 0.1
+# Newton steps that no configuration allows: the next step moves the anchor.
+NEVER = 2**30
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """φ and what else one pass at W gives.
+    """What one pass at W gives.
 
     Attributes:
-        simplex: [n, k] q.
+        simplex: [k, n] q.
         made: [k, d + 1] W(α(q)); the gradient of φ is W less this.
         value: scalar φ(W).
         primal: scalar, primal objective at W.
         slack: scalar, the duality gap of (W, α(q)) less ½‖W − W(α)‖².
+        lead: [n] by how much the only class of q_i is ahead of all others in z_i; −inf where q_i has more than one.
     """
 
     simplex: Array
@@ -56,19 +53,21 @@ class Evaluation:
     value: Array
     primal: Array
     slack: Array
+    lead: Array
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SolverState:
-    """Where a solve stands; pass it to `step`.
+    """Where a solve stands.
 
     Attributes:
         weights: [k, d + 1] the primal point, the last column for the constant feature.
-        anchor: [n, k] proximal centre on the simplex.
+        anchor: [k, n] proximal centre on the simplex.
         penalty: scalar r.
         newton_steps: scalar, Newton steps since the anchor moved.
         epochs: scalar, passes over the features so far.
+        trust: scalar, the relative gap below which working sets are tried.
         at: what the pass at `weights` gave.
     """
 
@@ -77,6 +76,7 @@ class SolverState:
     penalty: Array
     newton_steps: Array
     epochs: Array
+    trust: Array
     at: Evaluation
 
     @property
@@ -90,71 +90,80 @@ class SolverState:
         return self.at.slack + self.distance
 
 
+def lead_of(q: Array, z: Array, cost: Array) -> Array:
+    """See `Evaluation.lead`; rows without cost are ahead by infinity."""
+    inside = q > 0.0
+    single = jnp.sum(inside.astype(jnp.int32), axis=0, dtype=jnp.int32) == 1
+    ahead = jnp.min(jnp.where(inside, z, jnp.inf), axis=0) - jnp.max(jnp.where(inside, -jnp.inf, z), axis=0)
+    return jnp.where(cost > 0.0, jnp.where(single, ahead, -jnp.inf), jnp.inf)
+
+
 def evaluate(problem: Problem, weights: Array, anchor: Array, penalty: Array) -> Evaluation:
     """φ, its gradient and the gap at W, in one pass over the features."""
-    k = anchor.shape[1]
-    dtype = anchor.dtype
+    k = anchor.shape[0]
+    scaling = problem.intercept_scaling
 
     def add(chunk: Chunk, start: Array, carry: Any) -> Any:
-        q, made, sums = carry
-        plain = scores(chunk, weights, problem.intercept_scaling)
-        margins = plain + (1.0 - chunk.one_hot)
-        old = lax.dynamic_slice_in_dim(anchor, start, chunk.cost.shape[0])
-        new = simplex.project(old + penalty * margins)
-        true = jnp.sum(plain * chunk.one_hot, axis=1)
-        gain = jnp.sum(new * margins, axis=1) - true - jnp.sum((new - old) ** 2, axis=1) / (2.0 * penalty)
-        hinge = jnp.max(margins, axis=1) - true
-        parts = [jnp.sum(chunk.cost * gain), jnp.sum(chunk.cost * hinge), jnp.sum(row_gap(chunk, margins, new))]
-        made = made + outer(chunk.cost[:, None] * (chunk.one_hot - new), chunk, problem.intercept_scaling)
-        return lax.dynamic_update_slice_in_dim(q, new, start, 0), made, sums + jnp.stack(parts)
+        q, made, lead, sums = carry
+        plain = scores(chunk, weights, scaling)
+        z = plain + problem.margin * (1.0 - chunk.one_hot)
+        old = columns(anchor, start, chunk)
+        new = simplex.project(old + penalty * z, axis=0)
+        true = jnp.sum(plain * chunk.one_hot, axis=0)
+        highest = jnp.max(z, axis=0)
+        gain = jnp.sum(new * z - (new - old) ** 2 / (2.0 * penalty), axis=0) - true
+        slack = jnp.sum(new * (highest[None, :] - z), axis=0)
+        parts = [jnp.sum(chunk.cost * a) for a in (gain, highest - true, slack)]
+        made = made + outer(chunk.cost[None, :] * (chunk.one_hot - new), chunk, scaling)
+        q = lax.dynamic_update_slice_in_dim(q, new, start, 1)
+        ahead = lead_of(new, z, lax.dynamic_slice_in_dim(problem.cost, start, chunk.cost.shape[0]))
+        return q, made, lax.dynamic_update_slice_in_dim(lead, ahead, start, 0), sums + jnp.stack(parts)
 
-    first = (jnp.zeros_like(anchor), jnp.zeros_like(weights), jnp.zeros(3, dtype))
-    q, made, sums = over_rows(problem, k, add, first)
+    first = (anchor, problem.offset, jnp.full_like(problem.cost, jnp.inf), jnp.zeros(3, anchor.dtype))
+    q, made, lead, sums = over_rows(problem, k, add, first)
     norm = 0.5 * jnp.sum(weights * weights)
-    return Evaluation(q, made, norm + sums[0], norm + sums[1], sums[2])
+    value = norm - jnp.sum(weights * problem.offset) + sums[0]
+    return Evaluation(q, made, value, norm + sums[1], sums[2], lead)
 
 
-def newton_direction(
-    problem: Problem, q: Array, penalty: Array, gradient: Array, *, forcing: Array, max_iterations: int
-) -> Array:
+def direction(problem: Problem, q: Array, penalty: Array, gradient: Array, forcing: Array) -> Array:
     """Minus the generalised Hessian's inverse times the gradient, by conjugate gradients over the free rows.
 
     Args:
         problem: the data.
-        q: [n, k] on the simplex.
+        q: [k, n] on the simplex.
         penalty: scalar r.
         gradient: [k, d + 1].
         forcing: scalar, the residual to reach relative to the gradient; 1 or more returns zero.
-        max_iterations: cap on the iterations.
     """
-    n, k = q.shape
+    k, n = q.shape
     size = min(problem.chunk, n)
-    free = (jnp.sum(q > 0.0, axis=1, dtype=jnp.int32) > 1) & (problem.cost > 0.0)
-    index = jnp.arange(n, dtype=jnp.int32)
-    order = lax.sort([(~free).astype(jnp.int32), index], num_keys=1)[1]
+    free = (jnp.sum(q > 0.0, axis=0, dtype=jnp.int32) > 1) & (problem.cost > 0.0)
+    order = jnp.nonzero(free, size=n, fill_value=0)[0].astype(jnp.int32)
     total = jnp.sum(free, dtype=jnp.int32)
+    order = jnp.pad(order, (0, size))
 
-    def times(direction: Array) -> Array:
+    def times(search: Array) -> Array:
         def add(i: Array, result: Array) -> Array:
-            places = i * size + jnp.arange(size, dtype=jnp.int32)
-            rows = order[jnp.minimum(places, n - 1)]
-            chunk = rows_of(problem, rows, places < total, k)
-            change = scores(chunk, direction, problem.intercept_scaling)
-            s = (q[rows] > 0.0).astype(q.dtype)
-            mean = jnp.sum(s * change, axis=1, keepdims=True) / jnp.sum(s, axis=1, keepdims=True)
-            return result + outer(penalty * chunk.cost[:, None] * s * (change - mean), chunk, problem.intercept_scaling)
+            place = i * size + jnp.arange(size, dtype=jnp.int32)
+            rows = lax.dynamic_slice_in_dim(order, i * size, size)
+            chunk = gather(problem, rows, place < total, k)
+            change = scores(chunk, search, problem.intercept_scaling)
+            s = (q[:, rows] > 0.0).astype(q.dtype)
+            mean = jnp.sum(s * change, axis=0, keepdims=True) / jnp.sum(s, axis=0, keepdims=True)
+            return result + outer(penalty * chunk.cost[None, :] * s * (change - mean), chunk, problem.intercept_scaling)
 
-        return lax.fori_loop(jnp.asarray(0, jnp.int32), (total + size - 1) // size, add, direction)
+        return lax.fori_loop(jnp.asarray(0, jnp.int32), (total + size - 1) // size, add, search)
 
     def unfinished(state: tuple[Array, Array, Array, Array, Array]) -> Array:
         _, _, _, square, i = state
-        return (square > goal) & (i < max_iterations)
+        return (square > goal) & (i < MAX_CG)
 
     def iterate(state: tuple[Array, Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array, Array]:
         x, residual, search, square, i = state
         image = times(search)
-        size_ = square / jnp.sum(search * image)
-        x, residual = x + size_ * search, residual - size_ * image
+        length = square / jnp.sum(search * image)
+        x, residual = x + length * search, residual - length * image
         new = jnp.sum(residual * residual)
         return x, residual, residual + (new / square) * search, new, i + 1
 
@@ -164,47 +173,53 @@ def newton_direction(
     return lax.while_loop(unfinished, iterate, start)[0]
 
 
-def advance(problem: Problem, state: SolverState, *, accuracy: float, growth: float, max_newton: int) -> SolverState:
-    """One Newton step with a line search or, where the inner problem is solved well enough, a move of the anchor."""
-    settled = (state.distance <= accuracy * state.at.slack) | (state.newton_steps >= max_newton)
+def advance(problem: Problem, state: SolverState, enough: Array, config: SolverConfig) -> SolverState:
+    """One Newton step with a line search or, where the inner problem is solved well enough, a move of the anchor.
+
+    Args:
+        problem: the data.
+        state: where the solve stands.
+        enough: scalar, a slack that needs no further move of the anchor: what is left is to bring W to W(α).
+        config: static options.
+    """
+    close = state.at.slack <= enough
+    settled = (state.distance <= config.accuracy * state.at.slack) & ~close
+    settled = settled | (state.newton_steps >= config.max_newton)
     anchor = jnp.where(settled, state.at.simplex, state.anchor)
-    penalty = jnp.where(settled, jnp.minimum(state.penalty * growth, MAX_PENALTY), state.penalty)
+    penalty = jnp.where(settled, jnp.minimum(state.penalty * config.growth, MAX_PENALTY), state.penalty)
     gradient = state.weights - state.at.made
-    direction = newton_direction(
-        problem,
-        state.at.simplex,
-        penalty,
-        gradient,
-        forcing=jnp.where(settled, 2.0, FORCING),
-        max_iterations=MAX_CG,
-    )
-    slope = jnp.sum(gradient * direction)
+    forcing = jnp.where(settled, 2.0, jnp.where(close, FORCING_LATE, FORCING))
+    towards = direction(problem, state.at.simplex, penalty, gradient, forcing)
+    slope = jnp.sum(gradient * towards)
     noise = 64.0 * jnp.finfo(gradient.dtype).eps * jnp.abs(state.at.value)
 
-    def attempt(length: Array) -> tuple[Array, Evaluation]:
-        weights = state.weights + length * direction
-        return weights, evaluate(problem, weights, anchor, penalty)
-
     def refused(trial: tuple[Array, Array, Array, Evaluation]) -> Array:
-        length, _, _, at = trial
-        enough = at.value <= state.at.value + 1e-4 * length * slope + noise
-        return ~(settled | enough) & (length > 1e-4)
+        length, passes, _, at = trial
+        lower = at.value <= state.at.value + 1e-4 * length * slope + noise
+        return (passes == 0) | (~(settled | lower) & (length > SHORTEST_STEP))
 
     def shorten(trial: tuple[Array, Array, Array, Evaluation]) -> tuple[Array, Array, Array, Evaluation]:
         length, passes, _, _ = trial
-        weights, at = attempt(0.5 * length)
-        return 0.5 * length, passes + 1, weights, at
+        weights = state.weights + 0.5 * length * towards
+        return 0.5 * length, passes + 1, weights, evaluate(problem, weights, anchor, penalty)
 
-    one = jnp.ones((), gradient.dtype)
-    weights, at = attempt(one)
-    _, passes, weights, at = lax.while_loop(refused, shorten, (one, jnp.asarray(1, jnp.int32), weights, at))
+    # One place for the pass, before the first try as after a refusal: it is most of what there is to compile.
+    first = (jnp.full((), 2.0, gradient.dtype), jnp.asarray(0, jnp.int32), state.weights, state.at)
+    _, passes, weights, at = lax.while_loop(refused, shorten, first)
     newton_steps = jnp.where(settled, 0, state.newton_steps + 1)
-    return SolverState(weights, anchor, penalty, newton_steps, state.epochs + passes, at)
+    return SolverState(weights, anchor, penalty, newton_steps, state.epochs + passes, state.trust, at)
 
 
-def start(problem: Problem, anchor: Array, penalty: float) -> SolverState:
-    """The state of a solve that starts from the dual variables of `anchor` [n, k]."""
-    weights = weights_of(problem, anchor)
-    first = jnp.asarray(penalty, anchor.dtype)
-    at = evaluate(problem, weights, anchor, first)
-    return SolverState(weights, anchor, first, jnp.asarray(0, jnp.int32), jnp.asarray(2, jnp.int32), at)
+def start(problem: Problem, weights: Array, anchor: Array, penalty: Array) -> SolverState:
+    """A state that nothing is known about yet: its gap is infinite and the first step evaluates it.
+
+    Args:
+        problem: the data.
+        weights: [k, d + 1] where to start.
+        anchor: [k, n] the dual variables to start from.
+        penalty: scalar, what the first step grows into r.
+    """
+    unknown = jnp.full((), jnp.inf, anchor.dtype)
+    at = Evaluation(anchor, weights, unknown, jnp.ones_like(unknown), unknown, jnp.full_like(problem.cost, -jnp.inf))
+    trust = jnp.asarray(TRUST, anchor.dtype)
+    return SolverState(weights, anchor, penalty, jnp.asarray(NEVER, jnp.int32), jnp.asarray(0, jnp.int32), trust, at)

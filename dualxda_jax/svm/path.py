@@ -9,7 +9,7 @@ from jax import lax
 
 from dualxda_jax import _check
 from dualxda_jax.svm import solver
-from dualxda_jax.svm.solver import SolverConfig
+from dualxda_jax.svm.config import SolverConfig
 from dualxda_jax.types import DualSolution
 
 Array = jax.Array
@@ -42,7 +42,7 @@ def solve_path(
     if len(shape) != 1 or shape[0] == 0:
         _check.fail("costs", f"shape {shape}", "[m] with m of 1 or more")
     if _check.is_traced(features, labels, costs):
-        return _traced_path(features, labels, jnp.asarray(costs), num_classes, config)
+        return _traced_path(features, labels, jnp.asarray(costs, jnp.float32), num_classes, config)
     values = np.asarray(costs, np.float64)
     if not (np.isfinite(values).all() and (values > 0).all()):
         _check.fail("costs", values.tolist(), "positive and finite")

@@ -12,61 +12,22 @@ import numpy as np
 from jax import lax
 
 from dualxda_jax import _check
-from dualxda_jax.svm import newton
+from dualxda_jax.svm import implicit, newton, working_set
+from dualxda_jax.svm.config import NotConvergedWarning, SolverConfig
 from dualxda_jax.svm.newton import SolverState
 from dualxda_jax.svm.problem import (
+    TINY,
     Array,
     Problem,
     from_coefficients,
     host_objectives,
+    largest_curvature,
     primal_and_gap,
     relative,
     to_coefficients,
     weights_of,
 )
 from dualxda_jax.types import DualSolution, Progress, SolveInfo
-
-
-class NotConvergedWarning(UserWarning):
-    """A solve ended above its tolerance; the solution and its true gap are returned all the same."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SolverConfig:
-    """Static options of the solver.
-
-    Attributes:
-        tolerance: relative duality gap (primal − dual) / max(|primal|, tiny) to reach.
-        max_epochs: passes over the features before giving up.
-        intercept_scaling: the constant feature b appended to every sample; 0 means none.
-        chunk: rows that a pass casts to the working precision at once; bounds the memory beside [n, k].
-        penalty: first penalty of the augmented Lagrangian, relative to the cost.
-        growth: its growth each time that the anchor moves.
-        accuracy: the part of the gap that the inner problem may leave before the anchor moves.
-        max_newton: Newton steps before the anchor moves anyhow.
-    """
-
-    tolerance: float = 1e-4
-    max_epochs: int = 2000
-    intercept_scaling: float = 0.0
-    chunk: int = 4096
-    penalty: float = 0.3
-    growth: float = 3.0
-    accuracy: float = 0.05
-    max_newton: int = 50
-
-    def __post_init__(self) -> None:
-        positive = {"tolerance": self.tolerance, "penalty": self.penalty, "accuracy": self.accuracy}
-        for name, value in positive.items():
-            if not (math.isfinite(value) and value > 0):
-                _check.fail(f"config.{name}", value, "positive and finite")
-        for name, count in {"max_epochs": self.max_epochs, "chunk": self.chunk, "max_newton": self.max_newton}.items():
-            if count < 1:
-                _check.fail(f"config.{name}", count, "1 or more")
-        if not (math.isfinite(self.growth) and self.growth > 1):
-            _check.fail("config.growth", self.growth, "finite and above 1")
-        if not (math.isfinite(self.intercept_scaling) and self.intercept_scaling >= 0):
-            _check.fail("config.intercept_scaling", self.intercept_scaling, "0 or more and finite")
 
 
 def init(
@@ -109,7 +70,8 @@ def step(
     """
     features, labels, costs = _prepare(features, labels, num_classes, cost, sample_weight)
     with jax.enable_x64(True):
-        return _step(state, features, labels, costs, config=config)
+        target = jnp.asarray(config.tolerance, jnp.float64)
+        return _step(state, features, labels, costs, target, config=config)
 
 
 def finish(
@@ -179,6 +141,9 @@ def solve(
         if _in_trace(*frozen):
             _check.fail("progress", "a callback inside a trace", "None there")
         coefficients, info = _watched(*frozen, num_classes=num_classes, config=config, progress=progress)
+    coefficients = implicit.attach(
+        coefficients, features, labels, costs, num_classes=num_classes, intercept_scaling=config.intercept_scaling
+    )
     solution = _solution(coefficients, features, info, config)
     if not _in_trace(solution) and not bool(info.converged):
         warnings.warn(
@@ -296,29 +261,41 @@ def _start_coefficients(start: DualSolution | None, features: Array, labels: Arr
     return jnp.pad(coefficients.astype(dtype), ((0, n - coefficients.shape[0]), (0, 0)))
 
 
-def _problem(features: Array, labels: Array, costs: Array, config: SolverConfig) -> Problem:
-    return Problem(features, labels, costs.astype(jnp.float64), config.intercept_scaling, config.chunk)
+def _problem(features: Array, labels: Array, costs: Array, num_classes: int, config: SolverConfig) -> Problem:
+    n, d = features.shape
+    return Problem(
+        features,
+        labels,
+        costs.astype(jnp.float64),
+        jnp.asarray(n, jnp.int32),
+        jnp.zeros((num_classes, d + 1), jnp.float64),
+        jnp.ones((), jnp.float64),
+        config.intercept_scaling,
+        config.chunk,
+    )
+
+
+def _start(problem: Problem, start: Array, config: SolverConfig) -> SolverState:
+    anchor = from_coefficients(start.astype(jnp.float64), problem.labels, problem.cost)
+    # At a large cost the first inner problem would be as hard as the last: begin with a softer one.
+    stiffness = jnp.minimum(1.0, STIFF / jnp.maximum(largest_curvature(problem), TINY))
+    penalty = config.penalty / config.growth * stiffness
+    return newton.start(problem, weights_of(problem, anchor), anchor, penalty)
 
 
 @functools.partial(jax.jit, static_argnames=("num_classes", "config"))
 def _init(
     features: Array, labels: Array, costs: Array, start: Array, *, num_classes: int, config: SolverConfig
 ) -> SolverState:
-    problem = _problem(features, labels, costs, config)
-    anchor = from_coefficients(start.astype(jnp.float64), labels, problem.cost)
-    return newton.start(problem, anchor, config.penalty)
-
-
-def _advance(state: SolverState, problem: Problem, config: SolverConfig) -> SolverState:
-    return newton.advance(problem, state, accuracy=config.accuracy, growth=config.growth, max_newton=config.max_newton)
+    return _start(_problem(features, labels, costs, num_classes, config), start, config)
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def _step(
-    state: SolverState, features: Array, labels: Array, costs: Array, *, config: SolverConfig
+    state: SolverState, features: Array, labels: Array, costs: Array, target: Array, *, config: SolverConfig
 ) -> tuple[SolverState, SolveInfo]:
-    problem = _problem(features, labels, costs, config)
-    state = _advance(state, problem, config)
+    problem = _problem(features, labels, costs, state.weights.shape[0], config)
+    state = working_set.step(problem, state, target, config)
     return state, _info(state.at.primal, state.gap, state.epochs, config, _result_dtype(features))
 
 
@@ -326,7 +303,7 @@ def _step(
 def _certified(
     state: SolverState, features: Array, labels: Array, costs: Array, *, config: SolverConfig
 ) -> tuple[Array, SolveInfo]:
-    problem = _problem(features, labels, costs, config)
+    problem = _problem(features, labels, costs, state.weights.shape[0], config)
     dtype = _result_dtype(features)
     coefficients, primal, gap = _certificate(problem, state, dtype)
     return coefficients, _info(primal, gap, state.epochs + 2, config, dtype)
@@ -334,10 +311,27 @@ def _certified(
 
 def _certificate(problem: Problem, state: SolverState, dtype: Any) -> tuple[Array, Array, Array]:
     """The coefficients as they are returned, rounded to their dtype, and what is true of exactly those."""
-    coefficients = to_coefficients(state.at.simplex, problem.labels, problem.cost).astype(dtype)
+    coefficients = to_coefficients(state.at.simplex, problem.labels, problem.cost, dtype)
     rounded = from_coefficients(coefficients.astype(problem.cost.dtype), problem.labels, problem.cost)
     primal, gap = primal_and_gap(problem, weights_of(problem, rounded), rounded)
     return coefficients, primal, gap
+
+
+def _reached(state: SolverState, target: Array | float) -> Array:
+    """Whether the gap of (W, α) is small, and W so close to W(α) that the gap there will be as well."""
+    scale = target * jnp.abs(state.at.primal)
+    return (state.gap <= scale) & (state.distance <= working_set.CLOSENESS * scale)
+
+
+def _margin(rounds: Array, config: SolverConfig) -> Array:
+    """The margin to ask for in the rounds after a certificate that fell short.
+
+    Coefficients rounded to float32 move the scores of the free samples a little, and where the cost is large each
+    little bit costs: C times the part by which a margin is missed. A margin asked for a little above 1 leaves room for
+    that, and itself widens the gap by no more than about twice its excess.
+    """
+    excess = jnp.where(rounds < 2, 0.0, 0.1 * 2.0 ** (rounds.astype(jnp.float64) - 2.0))
+    return 1.0 + config.tolerance * excess
 
 
 def _info(primal: Array, gap: Array, epochs: Array, config: SolverConfig, dtype: Any) -> SolveInfo:
@@ -358,39 +352,47 @@ def _forward(
 def _compiled(
     features: Array, labels: Array, costs: Array, start: Array, *, num_classes: int, config: SolverConfig
 ) -> tuple[Array, SolveInfo]:
-    problem = _problem(features, labels, costs, config)
+    problem = _problem(features, labels, costs, num_classes, config)
     dtype = _result_dtype(features)
-    anchor = from_coefficients(start.astype(jnp.float64), labels, problem.cost)
-    state = newton.start(problem, anchor, config.penalty)
+    state = _start(problem, start, config)
 
-    def unfinished(state: SolverState, target: Array) -> Array:
-        ratio = relative(state.gap, state.at.primal)
-        return (ratio > target) & jnp.isfinite(ratio) & (state.epochs < config.max_epochs)
+    def solve_to(state: SolverState, target: Array, margin: Array) -> SolverState:
+        asked = dataclasses.replace(problem, margin=margin)
 
-    def solve_to(state: SolverState, target: Array) -> SolverState:
-        return lax.while_loop(lambda s: unfinished(s, target), lambda s: _advance(s, problem, config), state)
+        def unfinished(state: SolverState) -> Array:
+            return ~_reached(state, target) & ~jnp.isnan(state.gap) & (state.epochs < config.max_epochs)
+
+        return lax.while_loop(unfinished, lambda s: working_set.step(asked, s, target, config), state)
 
     # The steps certify (W, α) with W ≠ W(α). What is returned is α with W(α), rounded: certified anew, and
     # solved further where that is not enough.
     def again(carry: Any) -> Array:
-        state, target, (_, primal, gap), rounds = carry
+        state, _, (_, primal, gap), rounds = carry
         ratio = relative(gap, primal)
-        more = (ratio > config.tolerance) & jnp.isfinite(ratio) & (state.epochs < config.max_epochs)
-        return more & (rounds < MAX_ROUNDS)
+        unfinished = (ratio > config.tolerance) & jnp.isfinite(ratio) & (state.epochs < config.max_epochs)
+        return (rounds == 0) | (unfinished & (rounds < MAX_ROUNDS))
 
     def refine(carry: Any) -> Any:
         state, target, _, rounds = carry
-        state = solve_to(state, 0.25 * target)
-        state = dataclasses.replace(state, epochs=state.epochs + 2)
-        return state, 0.25 * target, _certificate(problem, state, dtype), rounds + 1
+        state = solve_to(state, target, _margin(rounds, config))
+        certificate = _certificate(problem, state, dtype)
+        again = newton.start(problem, state.weights, state.at.simplex, state.penalty / config.growth**2)
+        return (
+            dataclasses.replace(again, epochs=state.epochs + 2),
+            jnp.maximum(0.25 * target, 0.2 * config.tolerance),
+            certificate,
+            rounds + 1,
+        )
 
-    target = jnp.asarray(4.0 * config.tolerance, jnp.float64)
-    first = refine((state, target, None, jnp.asarray(0, jnp.int32)))
+    zero = jnp.zeros((), jnp.float64)
+    nothing = (jnp.zeros(start.shape, dtype), zero, zero)
+    first = (state, jnp.asarray(config.tolerance, jnp.float64), nothing, jnp.asarray(0, jnp.int32))
     state, _, (coefficients, primal, gap), _ = lax.while_loop(again, refine, first)
     return coefficients, _info(primal, gap, state.epochs, config, dtype)
 
 
-MAX_ROUNDS = 8
+MAX_ROUNDS = 6
+STIFF = 1e3
 
 
 def _watched(
@@ -413,9 +415,9 @@ def _watched(
                 ratio = float(relative(state.gap, state.at.primal))
                 digits = -1000.0 * math.log10(max(ratio, 1e-300)) if math.isfinite(ratio) else 0.0
                 progress(min(max(round(digits), 0), goal), goal)
-                if not ratio > target:
+                if bool(_reached(state, target)) or math.isnan(ratio):
                     break
-                state, _ = _step(state, features, labels, costs, config=config)
+                state, _ = _step(state, features, labels, costs, jnp.asarray(target, jnp.float64), config=config)
             coefficients, info = _certified(state, features, labels, costs, config=config)
             state = dataclasses.replace(state, epochs=state.epochs + 2)
             if bool(info.converged) or int(state.epochs) >= config.max_epochs:
@@ -436,7 +438,8 @@ def _solution(coefficients: Array, features: Array, info: SolveInfo, config: Sol
 def _objectives(
     features: Array, labels: Array, coefficients: Array, costs: Array, intercept_scaling: float
 ) -> tuple[Array, Array]:
-    problem = Problem(features, labels, costs.astype(jnp.float64), intercept_scaling, 4096)
+    config = SolverConfig(intercept_scaling=intercept_scaling)
+    problem = _problem(features, labels, costs, coefficients.shape[1], config)
     q = from_coefficients(coefficients.astype(jnp.float64), labels, problem.cost)
     primal, gap = primal_and_gap(problem, weights_of(problem, q), q)
     dtype = _result_dtype(features)

@@ -28,15 +28,124 @@ def assert_feasible(coefficients, labels, cost):
     np.testing.assert_allclose(alpha.sum(axis=1), 0.0, atol=1e-6 * max(cost.max(), 1e-30))
 
 
-@pytest.mark.parametrize("cost", [1e-9, 1e-5, 1e-3, 1e-1])
-@pytest.mark.parametrize(("n", "d", "k"), [(60, 7, 4), (20, 50, 3), (40, 5, 2), (1, 3, 5)])
-def test_certified_and_feasible(rng, cost, n, d, k):
-    features, labels = make(rng, n, d, k)
-    solution = svm.solve(features, labels, num_classes=k, cost=cost)
-    assert bool(solution.info.converged)
-    assert_feasible(solution.coefficients, labels, cost)
-    primal, dual = svm.objectives(features, labels, solution.coefficients, num_classes=k, cost=cost)
-    assert (primal - dual) <= 1.001e-4 * primal
+SHAPES = {"usual": (60, 7, 4), "wide": (20, 50, 3), "two classes": (40, 5, 2), "one sample": (1, 3, 5)}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_certified_and_feasible_at_every_cost(rng, shape):
+    features, labels = make(rng, *shape)
+    for cost in (1e-9, 1e-7, 1e-5, 1e-3, 1e-2, 1e-1, 1.0, 10.0):
+        solution = svm.solve(features, labels, num_classes=shape[2], cost=cost)
+        assert bool(solution.info.converged)
+        assert solution.coefficients.dtype == jnp.float32
+        assert_feasible(solution.coefficients, labels, cost)
+        primal, dual = svm.objectives(features, labels, solution.coefficients, num_classes=shape[2], cost=cost)
+        assert primal - dual <= 1.001e-4 * primal
+        expected = np.asarray(solution.coefficients, np.float64).T @ features
+        np.testing.assert_allclose(solution.weights, expected, atol=1e-5 * np.abs(expected).max() + 1e-30)
+
+
+def test_odd_data_and_dtypes(rng):
+    features, labels = make(rng)
+    features[5:15] = features[:10]
+    features[20] = 0.0
+    labels[labels == 1] = 2
+    cost = np.full(60, 1e-2, np.float32)
+    cost[30:40] = 0.0
+    weight = np.ones(60, np.float32)
+    weight[40:45] = 0.0
+    given = {"num_classes": 4, "cost": cost, "sample_weight": weight}
+    for scale in (1e-6, 1.0, 1e6):
+        scaled = given | {"cost": cost / np.float32(max(scale, 1.0) ** 2)}
+        solution = svm.solve(features * np.float32(scale), labels, **scaled)
+        assert bool(solution.info.converged)
+        assert_feasible(solution.coefficients, labels, scaled["cost"] * weight)
+        assert not np.asarray(solution.coefficients)[30:45].any()
+    low = svm.solve(jnp.asarray(features, jnp.bfloat16), labels, **given)
+    assert bool(low.info.converged) and low.coefficients.dtype == jnp.float32
+
+
+def test_most_samples_are_exactly_zero(rng):
+    labels = rng.integers(0, 3, 60).astype(np.int32)
+    features = (10.0 * np.eye(3, 7)[labels] + rng.normal(size=(60, 7))).astype(np.float32)
+    solution = svm.solve(features, labels, num_classes=3, cost=1.0)
+    assert (np.asarray(solution.coefficients) == 0.0).all(axis=1).mean() > 0.5
+
+
+def test_intercept_is_a_constant_feature(rng):
+    features, labels = make(rng)
+    config = svm.SolverConfig(tolerance=1e-6, intercept_scaling=2.0)
+    given = {"num_classes": 4, "cost": 1e-2}
+    solution = svm.solve(features, labels, config=config, **given)
+    appended = np.concatenate([features, np.full((60, 1), 2.0, np.float32)], axis=1)
+    other = svm.solve(appended, labels, config=svm.SolverConfig(tolerance=1e-6), **given)
+    np.testing.assert_allclose(solution.weights, other.weights[:, :-1], atol=1e-3)
+    np.testing.assert_allclose(solution.intercept, 2.0 * other.weights[:, -1], atol=1e-3)
+
+
+def test_warm_starts_from_elsewhere(rng):
+    features, labels = make(rng)
+    given = {"num_classes": 4}
+    before = svm.solve(features, labels, cost=1e-1, **given)
+    again = svm.solve(features, labels, cost=1e-1, init=before, **given)
+    cold = int(before.info.epochs)
+    assert int(again.info.epochs) < cold
+    changed = (labels + (np.arange(60) < 5)) % 4
+    for other in (
+        svm.solve(features, labels, cost=1e-4, init=before, **given),
+        svm.solve(features, changed.astype(np.int32), cost=1e-1, init=before, **given),
+        svm.solve(np.concatenate([features, features[:20] + 0.1]), np.append(labels, labels[:20]), cost=1e-1,
+                  init=before, **given),
+    ):  # fmt: skip
+        assert bool(other.info.converged)
+    with pytest.raises(ValueError, match="init.coefficients"):
+        svm.solve(features[:10], labels[:10], cost=1e-1, init=before, **given)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": np.zeros((60, 7), np.int32)}, "features: got dtype int32"),
+        ({"features": np.zeros((0, 7), np.float32), "labels": np.zeros(0, np.int32)}, "features: got no rows"),
+        ({"labels": np.zeros(59, np.int32)}, "labels: got shape"),
+        ({"labels": np.zeros(60, np.float32)}, "labels: got dtype float32"),
+        ({"labels": np.full(60, 4, np.int32)}, "labels: got 4 at position 0"),
+        ({"num_classes": 1}, "num_classes: got 1"),
+        ({"cost": 0.0}, "cost: got 0"),
+        ({"cost": -1.0}, "cost: got -1.0"),
+        ({"cost": float("nan")}, "cost: got nan"),
+        ({"cost": np.ones(3, np.float32)}, "cost: got shape"),
+        ({"sample_weight": np.ones(3, np.float32)}, "sample_weight: got shape"),
+    ],
+)
+def test_bad_input(rng, change, message):
+    features, labels = make(rng)
+    given = {"features": features, "labels": labels, "num_classes": 4, "cost": 1e-2} | change
+    with pytest.raises(ValueError, match=message):
+        svm.solve(given.pop("features"), given.pop("labels"), **given)
+
+
+@pytest.mark.parametrize("bad", [{"tolerance": 0.0}, {"max_epochs": 0}, {"growth": 1.0}, {"intercept_scaling": -1.0}])
+def test_bad_config(bad):
+    with pytest.raises(ValueError, match=f"config.{next(iter(bad))}"):
+        svm.SolverConfig(**bad)
+
+
+def test_same_shapes_compile_once(rng):
+    features, labels = make(rng, 33, 4, 3)
+    fit = jax.jit(lambda f, c: svm.solve(f, labels, num_classes=3, cost=c).weights)
+    for cost in (1e-3, 1e-2):
+        fit(jnp.asarray(features), jnp.float32(cost))
+    assert fit._cache_size() == 1
+
+
+def test_progress_is_reported_and_changes_nothing(rng):
+    features, labels = make(rng)
+    seen = []
+    given = {"num_classes": 4, "cost": 1e-2}
+    watched = svm.solve(features, labels, progress=lambda done, total: seen.append((done, total)), **given)
+    np.testing.assert_allclose(watched.weights, svm.solve(features, labels, **given).weights, atol=1e-6)
+    assert seen[-1][0] == seen[-1][1] and len(seen) > 2
 
 
 def test_jit_and_vmap_agree_with_eager(rng):
@@ -73,19 +182,7 @@ def test_by_hand(rng):
     state = svm.init(features, labels, **given)
     for _ in range(100):
         state, info = svm.step(state, features, labels, **given)
-        if float(info.gap) <= 2e-5:
+        if float(info.gap) <= 1e-6:
             break
     solution = svm.finish(state, features, labels, **given)
     assert bool(solution.info.converged)
-
-
-def test_path_is_in_the_order_of_the_costs(rng):
-    features, labels = make(rng)
-    costs = [1e-2, 1e-6, 1e-4]
-    path = svm.solve_path(features, labels, num_classes=4, costs=costs)
-    assert path.coefficients.shape == (3, 60, 4)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for i, cost in enumerate(costs):
-            primal, dual = svm.objectives(features, labels, path.coefficients[i], num_classes=4, cost=cost)
-            assert primal - dual <= 1.001e-4 * primal

@@ -1,0 +1,48 @@
+"""Static options of the solver, and the warning it gives."""
+
+import dataclasses
+import math
+
+from dualxda_jax import _check
+
+
+class NotConvergedWarning(UserWarning):
+    """A solve ended above its tolerance; the solution and its true gap are returned all the same."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SolverConfig:
+    """Static options of the solver.
+
+    Attributes:
+        tolerance: relative duality gap (primal − dual) / max(|primal|, tiny) to reach.
+        max_epochs: passes over the features before giving up.
+        intercept_scaling: the constant feature b appended to every sample; 0 means none.
+        chunk: rows that a pass casts to the working precision at once; bounds the memory beside [n, k].
+        penalty: first penalty of the augmented Lagrangian, relative to the cost.
+        growth: its growth each time that the anchor moves.
+        accuracy: the part of the gap that the inner problem may leave before the anchor moves.
+        max_newton: Newton steps before the anchor moves anyhow.
+    """
+
+    tolerance: float = 1e-4
+    max_epochs: int = 2000
+    intercept_scaling: float = 0.0
+    chunk: int = 1024
+    penalty: float = 0.3
+    growth: float = 3.0
+    accuracy: float = 0.1
+    max_newton: int = 50
+
+    def __post_init__(self) -> None:
+        positive = {"tolerance": self.tolerance, "penalty": self.penalty, "accuracy": self.accuracy}
+        for name, value in positive.items():
+            if not (math.isfinite(value) and value > 0):
+                _check.fail(f"config.{name}", value, "positive and finite")
+        for name, count in {"max_epochs": self.max_epochs, "chunk": self.chunk, "max_newton": self.max_newton}.items():
+            if count < 1:
+                _check.fail(f"config.{name}", count, "1 or more")
+        if not (math.isfinite(self.growth) and self.growth > 1):
+            _check.fail("config.growth", self.growth, "finite and above 1")
+        if not (math.isfinite(self.intercept_scaling) and self.intercept_scaling >= 0):
+            _check.fail("config.intercept_scaling", self.intercept_scaling, "0 or more and finite")
