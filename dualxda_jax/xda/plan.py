@@ -76,8 +76,20 @@ def make(graph: Graph, composite: Composite, *, seeded: bool) -> Plan:
             made.extend(steps.native(link.equation) for link in block.after)
         else:
             made.append(_step(graph, composite, equation))
+    made = _needed(made, graph)
     relevance = _relevance_values(graph, made, first, composite) if seeded else frozenset()
     return Plan(graph, tuple(made), relevance)
+
+
+def _needed(made: list[Step], graph: Graph) -> list[Step]:
+    """Leave out what only fed a scale or shift that is merged elsewhere."""
+    wanted: set[Atom] = set(graph.outputs)
+    kept = []
+    for step in reversed(made):
+        if wanted.intersection(step.outputs):
+            wanted.update(step.inputs)
+            kept.append(step)
+    return kept[::-1]
 
 
 def _rule(composite: Composite, block: Block, first: bool) -> rules.Rule | None:
