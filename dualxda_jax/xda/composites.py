@@ -7,6 +7,9 @@ Every factory takes
     epsilon: the ε of the ε-rule.
     stabilizer: what keeps every other division away from zero.
 
+Anything else is a `dataclasses.replace` away, as in
+`replace(epsilon_plus(), overrides=(("layer1/*", rules.Gamma(0.1)),))`.
+
 Source: the composites of Anders et al. 2021 (zennit), whose conventions these follow.
 """
 
@@ -34,6 +37,11 @@ class Composite:
             "guided" also drops negative values at a ReLU.
         zero_bias: biases and shifts outside of linear layers absorb nothing.
         stabilizer: for the divisions outside of linear layers.
+        overrides: (pattern, rule) pairs; a layer whose weights' path in the tree of parameters matches the pattern
+            ("encoder/*/kernel", shell wildcards) gets that rule; the first match counts. Paths are known where the
+            parameters are an argument: `xda.relevance` and its kin, and `xda.lrp` of a functools.partial.
+        on_unknown: "raise" for an operation without a rule, or "gradient" to let its plain gradient act, with a
+            warning.
         seed: what a seed at the output means and what comes out at the input: "relevance" or "gradient".
     """
 
@@ -44,6 +52,8 @@ class Composite:
     activation: Literal["pass", "gradient", "guided"] = "pass"
     zero_bias: bool = True
     stabilizer: float = 1e-6
+    overrides: tuple[tuple[str, Rule], ...] = ()
+    on_unknown: Literal["raise", "gradient"] = "raise"
     seed: Literal["relevance", "gradient"] = "relevance"
 
     def __post_init__(self) -> None:
@@ -51,6 +61,11 @@ class Composite:
             rule = getattr(self, where)
             if isinstance(rule, rules.FIRST_LAYER_ONLY):
                 _check.fail(where, rule, "a rule of the form activation times cotangent; this one only fits `first`")
+        for pattern, rule in self.overrides:
+            if isinstance(rule, rules.FIRST_LAYER_ONLY):
+                _check.fail(f"overrides[{pattern!r}]", rule, "a rule of the form activation times cotangent")
+        if self.on_unknown not in ("raise", "gradient"):
+            _check.fail("on_unknown", repr(self.on_unknown), "'raise' or 'gradient'")
 
     @property
     def differentiable(self) -> bool:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from dualxda_jax.types import Array, FeatureFn, Params
 from dualxda_jax.xda import _compat, explain, graph, plan, transform
 from dualxda_jax.xda.composites import Composite
-from dualxda_jax.xda.graph import Atom, Graph, Value
+from dualxda_jax.xda.graph import Graph, Value
 from dualxda_jax.xda.steps import Step
 
 
@@ -211,19 +211,10 @@ def _describe(traced: Graph, step: Step) -> tuple[str, str, str]:
     if step.block is not None:
         block = step.block
         equations = [*(k.equation for k in block.before), step.equation, *(k.equation for k in block.after)]
-        path = weights_path(traced, block.weights)
+        path = plan.weights_path(traced, block.weights)
     stack = [*step.equation.callers, step.equation.source]
     module = "/".join(n for n in map(_compat.name_stack, stack) if n)
     return " + ".join(e.name for e in equations), path, module
-
-
-def weights_path(traced: Graph, atom: Atom) -> str:
-    """The path in the tree of parameters from which weights were computed; the first one, if there are several."""
-    if not isinstance(atom, Value):
-        return ""
-    if atom.path or atom not in traced.producer:
-        return atom.path
-    return next(filter(None, (weights_path(traced, a) for a in traced.producer[atom].inputs)), "")
 
 
 def _table(head: tuple[str, ...], cells: Sequence[tuple[str, ...]]) -> str:

@@ -1,12 +1,14 @@
 """Which rule goes to which operation of a graph."""
 
 import dataclasses
+import fnmatch
+import warnings
 
 import numpy as np
 
 from dualxda_jax.xda import rules, steps
 from dualxda_jax.xda.composites import Composite
-from dualxda_jax.xda.folding import LINEAR, Block, blocks
+from dualxda_jax.xda.folding import Block, blocks
 from dualxda_jax.xda.graph import Atom, Constant, Equation, Graph, Value
 from dualxda_jax.xda.steps import Step
 
@@ -67,7 +69,7 @@ def make(graph: Graph, composite: Composite, *, seeded: bool) -> Plan:
             continue
         if equation in found:
             block = found[equation]
-            rule = _rule(composite, block, equation in first)
+            rule = _rule(graph, composite, block, equation in first)
             if rule is not None:
                 made.append(steps.linear(block, rule, nonnegative=block.input in nonnegative))
                 continue
@@ -92,10 +94,23 @@ def _needed(made: list[Step], graph: Graph) -> list[Step]:
     return kept[::-1]
 
 
-def _rule(composite: Composite, block: Block, first: bool) -> rules.Rule | None:
+def _rule(graph: Graph, composite: Composite, block: Block, first: bool) -> rules.Rule | None:
+    path = weights_path(graph, block.weights)
+    for pattern, rule in composite.overrides:
+        if path and fnmatch.fnmatchcase(path, pattern):
+            return rule
     if first:
         return composite.first
     return composite.convolution if block.is_convolution else composite.dense
+
+
+def weights_path(graph: Graph, atom: Atom) -> str:
+    """The path in the tree of parameters from which weights were computed; the first one, if there are several."""
+    if not isinstance(atom, Value):
+        return ""
+    if atom.path or atom not in graph.producer:
+        return atom.path
+    return next(filter(None, (weights_path(graph, a) for a in graph.producer[atom].inputs)), "")
 
 
 def _step(graph: Graph, composite: Composite, equation: Equation) -> Step:
@@ -125,9 +140,11 @@ def _step(graph: Graph, composite: Composite, equation: Equation) -> Step:
         step = _unary(composite, equation, live[0], plain)
         if step is not None:
             return step
-    if name in LINEAR:
-        raise equation.refuse("its weights depend on the data")
-    raise equation.refuse("relevance propagation does not know this operation on values that depend on the data")
+    reason = "relevance propagation does not know this operation on values that depend on the data"
+    if composite.on_unknown == "raise":
+        raise equation.refuse(f"{reason}; a composite with on_unknown='gradient' would let its plain gradient act")
+    warnings.warn(f"{equation.refuse(reason)}: its plain gradient acts instead", stacklevel=2)
+    return steps.native(equation)
 
 
 def _count(graph: Graph, equation: Equation) -> float:

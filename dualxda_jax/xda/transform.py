@@ -1,9 +1,11 @@
 """Relevance propagation as a function transformation: the same outputs with a modified gradient."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from dualxda_jax import _check
 from dualxda_jax.types import Array
@@ -36,11 +38,20 @@ def lrp(fn: Callable[[Array], Any], *, composite: Composite) -> Callable[[Array]
         )
 
     def transformed(x: Array) -> Any:
-        traced = graph.build(fn, (), x)
-        outputs = run(plan.make(traced, composite, seeded=False), (), x)
+        inner, parameters = _split_parameters(fn)
+        traced = graph.build(inner, parameters, x)
+        outputs = run(plan.make(traced, composite, seeded=False), jax.tree.leaves(parameters), x)
         return jax.tree.unflatten(traced.out_tree, outputs)
 
     return transformed
+
+
+def _split_parameters(fn: Callable[[Array], Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """See a functools.partial over pytrees of arrays as a function of these and the data: then paths are known."""
+    if not isinstance(fn, functools.partial) or fn.keywords:
+        return fn, ()
+    arrays = all(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(fn.args))
+    return (fn.func, fn.args) if arrays else (fn, ())
 
 
 Watch = Callable[[int, str, int, Value, Any], Any]

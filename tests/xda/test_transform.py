@@ -1,5 +1,6 @@
 """The transformation itself: hand-calculated relevance, what it accepts as it is and what it refuses."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from dualxda_jax import xda
-from dualxda_jax.xda import composites
+from dualxda_jax.xda import composites, rules
 
 EXACT = {"epsilon": 0.0, "stabilizer": 0.0}
 
@@ -288,3 +289,28 @@ def test_differentiating_the_transformed_function_takes_other_arguments_along(tw
     np.testing.assert_allclose(
         transformed(two, jnp.asarray(A)), jax.grad(scaled, argnums=1)(two, jnp.asarray(A)), rtol=1e-5
     )
+
+
+def test_an_unknown_operation_can_keep_its_gradient():
+    variables = Strange().init(jax.random.key(0), jnp.ones((1, 2)))
+    composite = dataclasses.replace(composites.epsilon(), on_unknown="gradient")
+    with pytest.warns(UserWarning, match="plain gradient acts instead"):
+        found = xda.relevance(Strange().apply, variables, jnp.ones((1, 2)), jnp.ones((1, 4)), composite=composite)
+    assert np.isfinite(found).all() and np.any(found)
+
+
+def test_overrides_by_path_reach_their_layer_only(normalised):
+    variables, x = normalised
+    rule = rules.Gamma(0.1)
+    composite = dataclasses.replace(composites.epsilon_plus(), overrides=(("Conv_[12]/*", rule),))
+    table = xda.explain_rules(Normalised().apply, variables, x, composite=composite)
+    assert [row.path for row in table.rows if row.rule == str(rule)] == ["Conv_1/kernel", "Conv_2/kernel"]
+    features = Normalised().apply(variables, x)
+    expected = xda.relevance(Normalised().apply, variables, x, features, composite=composite)
+    assert not np.allclose(
+        expected, xda.relevance(Normalised().apply, variables, x, features, composite=composites.epsilon_plus())
+    )
+    # A functools.partial tells the paths as well.
+    transformed = xda.lrp(functools.partial(Normalised().apply, variables), composite=composite)
+    found = x * jax.vjp(transformed, x)[1](jnp.ones_like(features))[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
