@@ -185,5 +185,16 @@ def guided_backprop(*, zero_bias: bool = True, epsilon: float = 1e-6, stabilizer
     )
 
 
+def attn_lrp(*, zero_bias: bool = True, epsilon: float = 1e-6, stabilizer: float = 1e-6) -> Composite:
+    """AttnLRP for transformers. Source: Achtibat et al. 2024.
+
+    ε-rule on every linear layer; half of the relevance to each factor of a product of two values (attention, gates);
+    softmax by its gradient; normalisations with their statistics as constants; nonlinearities pass relevance. Softmax
+    does not conserve relevance, so maps need not sum to the score.
+    """
+    rule = rules.Epsilon(_positive("epsilon", epsilon), zero_bias)
+    return _layered("attn_lrp", rule, epsilon, None, zero_bias, stabilizer)
+
+
 def _plain(bound: np.ndarray) -> float | tuple[float, ...]:
     return float(bound) if bound.ndim == 0 else tuple(float(b) for b in bound)

@@ -149,7 +149,7 @@ def build(fn: Callable[..., Any], parameters: Sequence[Any], data: Any) -> Graph
             if isinstance(atom, Value):
                 users[atom].append(equation)
     reached = _forward(equations, inputs[-1], lambda equation: equation.outputs)
-    live = _forward(equations, inputs[-1], _carried) & _backward(equations, outputs)
+    live = _forward(equations, inputs[-1], _carried) & _backward(equations, outputs, producer, reached)
     _refuse_random(equations, reached)
     _refuse_batch_statistics(fn, parameters, data, equations, reached, outputs)
     return Graph(
@@ -226,12 +226,35 @@ def _forward(
     return found
 
 
-def _backward(equations: Sequence[Equation], outputs: Iterable[Atom]) -> set[Value]:
+def _backward(
+    equations: Sequence[Equation], outputs: Iterable[Atom], producer: dict[Value, Equation], reached: set[Value]
+) -> set[Value]:
     found = {o for o in outputs if isinstance(o, Value)}
     for equation in reversed(equations):
-        if found.intersection(_carried(equation)):
-            found.update(a for a in equation.inputs if isinstance(a, Value))
+        if not found.intersection(_carried(equation)):
+            continue
+        inputs = equation.inputs
+        if equation.name == "div" and inputs[0] in reached and not is_softmax(equation, producer):
+            # A norm or a standard deviation: a statistic, as above.
+            inputs = inputs[:1]
+        found.update(a for a in inputs if isinstance(a, Value))
     return found
+
+
+def is_softmax(equation: Equation, producer: dict[Value, Equation]) -> bool:
+    """Whether a division is exp(v) / Σ exp(v)."""
+
+    def made_by(atom: Atom, names: Sequence[str]) -> Equation | None:
+        found = producer.get(atom) if isinstance(atom, Value) else None
+        return found if found is not None and found.name in names else None
+
+    if equation.name != "div" or made_by(equation.inputs[0], ["exp"]) is None:
+        return False
+    divisor = equation.inputs[1]
+    while (shaped := made_by(divisor, ["broadcast_in_dim", "reshape", "convert_element_type"])) is not None:
+        divisor = shaped.inputs[0]
+    total = made_by(divisor, ["reduce_sum"])
+    return total is not None and total.inputs[0] is equation.inputs[0]
 
 
 def _refuse_random(equations: Sequence[Equation], reached: set[Value]) -> None:

@@ -7,9 +7,10 @@ import warnings
 import numpy as np
 
 from dualxda_jax.xda import rules, steps
+from dualxda_jax.xda.clusters import clusters
 from dualxda_jax.xda.composites import Composite
 from dualxda_jax.xda.folding import Block, blocks
-from dualxda_jax.xda.graph import Atom, Constant, Equation, Graph, Value
+from dualxda_jax.xda.graph import Atom, Constant, Equation, Graph, NoRuleError, Value, is_softmax
 from dualxda_jax.xda.steps import Step
 
 # Entries are moved, copied or selected, never mixed: the plain gradient suits c and relevance alike.
@@ -61,9 +62,12 @@ def make(graph: Graph, composite: Composite, *, seeded: bool) -> Plan:
     """
     found = {block.equation: block for block in blocks(graph)}
     merged = {link.equation for block in found.values() for link in block.after}
+    functions = clusters(graph, merged) if composite.activation == "pass" else {}
+    softmax = _softmax_equations(graph)
     first = _first(graph, found) if composite.first is not None else set()
     nonnegative = _nonnegative(graph)
-    made = []
+    made: list[Step] = []
+    refused: dict[Equation, NoRuleError] = {}
     for equation in graph.equations:
         if equation in merged or not any(v in graph.reached for v in equation.outputs):
             continue
@@ -76,22 +80,46 @@ def make(graph: Graph, composite: Composite, *, seeded: bool) -> Plan:
             # Without a rule nothing is merged, so the links run as themselves.
             made.append(steps.native(equation))
             made.extend(steps.native(link.equation) for link in block.after)
+        elif equation in softmax:
+            # A Taylor expansion of softmax is its gradient times its input (Achtibat et al. 2024, proposition 3.1).
+            made.append(steps.native(equation))
+        elif equation in functions:
+            made.append(steps.function(functions[equation]))
         else:
-            made.append(_step(graph, composite, equation))
-    made = _needed(made, graph)
+            try:
+                made.append(_step(graph, composite, equation))
+            except NoRuleError as error:
+                # It may lie inside of an elementwise function that is one step, and then nobody reads it.
+                refused[equation] = error
+    made, read = _needed(made, graph)
+    for equation, refusal in refused.items():
+        if read.intersection(equation.outputs):
+            raise refusal
     relevance = _relevance_values(graph, made, first, composite) if seeded else frozenset()
     return Plan(graph, tuple(made), relevance)
 
 
-def _needed(made: list[Step], graph: Graph) -> list[Step]:
-    """Leave out what only fed a scale or shift that is merged elsewhere."""
+def _softmax_equations(graph: Graph) -> set[Equation]:
+    """The exponential, the sum and the division of every softmax."""
+    found: set[Equation] = set()
+    for equation in graph.equations:
+        if is_softmax(equation, graph.producer):
+            numerator = equation.inputs[0]
+            assert isinstance(numerator, Value)
+            found.update([equation, graph.producer[numerator]])
+            found.update(u for u in graph.users[numerator] if u.name == "reduce_sum")
+    return found
+
+
+def _needed(made: list[Step], graph: Graph) -> tuple[list[Step], set[Atom]]:
+    """Leave out what is merged elsewhere; also gives everything that is read."""
     wanted: set[Atom] = set(graph.outputs)
     kept = []
     for step in reversed(made):
         if wanted.intersection(step.outputs):
             wanted.update(step.inputs)
             kept.append(step)
-    return kept[::-1]
+    return kept[::-1], wanted
 
 
 def _rule(graph: Graph, composite: Composite, block: Block, first: bool) -> rules.Rule | None:
@@ -137,7 +165,7 @@ def _step(graph: Graph, composite: Composite, equation: Equation) -> Step:
     if len(live) == 2 and name in ("max", "min"):
         return steps.native(equation)
     if len(live) == 1:
-        step = _unary(composite, equation, live[0], plain)
+        step = _unary(graph, composite, equation, live[0], plain)
         if step is not None:
             return step
     reason = "relevance propagation does not know this operation on values that depend on the data"
@@ -159,7 +187,7 @@ def _count(graph: Graph, equation: Equation) -> float:
     return 1.0
 
 
-def _unary(composite: Composite, equation: Equation, live: int, plain: bool) -> Step | None:
+def _unary(graph: Graph, composite: Composite, equation: Equation, live: int, plain: bool) -> Step | None:
     """An operation on one value that depends on the data, entry by entry."""
     name = equation.name
     if equation.inputs[live].aval.shape != equation.outputs[0].aval.shape:
@@ -168,7 +196,9 @@ def _unary(composite: Composite, equation: Equation, live: int, plain: bool) -> 
     if name in _HOMOGENEOUS and not (name == "div" and live == 1):
         return steps.elementwise(equation, live, homogeneous=True, passes=True)
     if name in _SHIFTS:
-        return steps.elementwise(equation, live, homogeneous=not composite.zero_bias, passes=True)
+        # A shift by a statistic of the data (the maximum inside of a softmax) is no bias.
+        bias = graph.is_fixed(equation.inputs[1 - live])
+        return steps.elementwise(equation, live, homogeneous=not (composite.zero_bias and bias), passes=bias)
     if name in _SMOOTH or name in ("max", "min", "clamp"):
         return steps.elementwise(equation, live, homogeneous=False, passes=not plain)
     return None

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from dualxda_jax.types import Array
 from dualxda_jax.xda import _compat, rules
+from dualxda_jax.xda.clusters import Cluster
 from dualxda_jax.xda.folding import Block, Link, bilinear, compose, onto_weights, weight_axes
 from dualxda_jax.xda.graph import Atom, Equation, Value
 
@@ -122,6 +123,30 @@ def elementwise(equation: Equation, live: int, *, homogeneous: bool, passes: boo
 
     rule = "pass" if passes else "gradient"
     return Step(equation, equation.inputs, equation.outputs, run, rule, takes=passes, gives=passes)
+
+
+def function(cluster: Cluster) -> Step:
+    """An elementwise function in several equations: relevance passes to its one argument."""
+
+    def primal(root: Array, *constants: Array) -> Array:
+        env: dict[Atom, Any] = {cluster.root: root, **dict(zip(cluster.constants, constants, strict=True))}
+        for equation in cluster.equations:
+            env.update(
+                zip(equation.outputs, _compat.bind(equation.source, [env[a] for a in equation.inputs]), strict=True)
+            )
+        return env[cluster.equations[-1].outputs[0]]
+
+    pass_relevance = modified(primal, lambda inputs, output, relevance: (relevance, *(None for _ in inputs[1:])))
+    scale = modified(
+        primal,
+        lambda inputs, output, c: (c * ratio(output, inputs[0]).astype(c.dtype), *(None for _ in inputs[1:])),
+    )
+
+    def run(values: Sequence[Any], relevance_out: bool, relevance_in: bool) -> tuple[Any, ...]:
+        return ((pass_relevance if relevance_out else scale)(*values),)
+
+    last = cluster.equations[-1]
+    return Step(last, (cluster.root, *cluster.constants), last.outputs, run, "pass", takes=True, gives=True)
 
 
 def guided_relu(equation: Equation, live: int) -> Step:

@@ -13,6 +13,7 @@ FACTORIES = [
     lambda **options: composites.epsilon_gamma_box((-1, -2), 3, **options),
     composites.excitation_backprop,
     composites.guided_backprop,
+    composites.attn_lrp,
 ]
 
 

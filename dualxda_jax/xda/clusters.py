@@ -1,0 +1,97 @@
+"""Elementwise functions that a trace has taken apart.
+
+GELU and SiLU arrive as a handful of equations that read one value several times (x · σ(x)). To relevance they are one
+function y = f(x), and what arrives at y belongs to x.
+"""
+
+import dataclasses
+
+from dualxda_jax.xda.graph import Atom, Constant, Equation, Graph, Value
+
+# fmt: off
+_ELEMENTWISE = frozenset([
+    "add", "sub", "mul", "div", "neg", "max", "min", "tanh", "logistic", "erf", "erfc", "integer_pow", "square", "abs",
+    "copy", "select_n", "expm1", "exp", "log1p", "log", "pow", "sqrt", "convert_element_type", "sin", "cos", "clamp",
+    "gt", "ge", "lt", "le", "eq", "ne", "sign",
+])
+# fmt: on
+
+
+@dataclasses.dataclass(eq=False, frozen=True)
+class Cluster:
+    """An elementwise function of one value.
+
+    Attributes:
+        root: the value.
+        equations: in order of execution; the last one computes the result.
+        constants: what else they read, free of data and parameters.
+    """
+
+    root: Value
+    equations: tuple[Equation, ...]
+    constants: tuple[Atom, ...]
+
+
+def clusters(graph: Graph, merged: set[Equation]) -> dict[Equation, Cluster]:
+    """The clusters of a graph by the equation that computes their result.
+
+    Args:
+        graph: the function.
+        merged: equations that belong to linear blocks.
+    """
+    root: dict[Value, Value] = {}
+    joined: set[Value] = set()
+    for equation in graph.equations:
+        source = _root(graph, equation, root, merged)
+        if source is None:
+            continue
+        (output,) = equation.outputs
+        root[output] = source
+        live = [a for a in equation.inputs if graph.is_live(a)]
+        if len(live) > 1 or joined.intersection(live):
+            joined.add(output)
+    found = {}
+    for value in joined:
+        if not graph.is_live(value):
+            continue
+        inside = [root.get(u.outputs[0]) is root[value] for u in graph.users.get(value, ())]
+        if value in graph.outputs or not inside or not all(inside):
+            cluster = _collect(graph, value, root)
+            found[cluster.equations[-1]] = cluster
+    return found
+
+
+def _root(graph: Graph, equation: Equation, root: dict[Value, Value], merged: set[Equation]) -> Value | None:
+    """The one value of which an equation's output is an elementwise function, if there is one."""
+    if equation in merged or equation.name not in _ELEMENTWISE or equation.outputs[0] not in graph.reached:
+        return None
+    sources = set()
+    for atom in equation.inputs:
+        if not graph.is_fixed(atom):
+            assert isinstance(atom, Value)
+            if atom.aval.shape != equation.outputs[0].aval.shape:
+                return None
+            sources.add(root.get(atom, atom))
+        elif not _is_constant(graph, atom):
+            return None
+    return sources.pop() if len(sources) == 1 else None
+
+
+def _is_constant(graph: Graph, atom: Atom) -> bool:
+    """Whether it is free of parameters: a number of the function's own."""
+    if isinstance(atom, Constant):
+        return True
+    if atom not in graph.producer:
+        return False
+    return all(_is_constant(graph, a) for a in graph.producer[atom].inputs)
+
+
+def _collect(graph: Graph, result: Value, root: dict[Value, Value]) -> Cluster:
+    source = root[result]
+    wanted, members = {result}, []
+    for equation in reversed(graph.equations):
+        if wanted.intersection(equation.outputs) and root.get(equation.outputs[0]) is source:
+            members.append(equation)
+            wanted.update(a for a in equation.inputs if isinstance(a, Value))
+    constants = {a: None for e in members for a in e.inputs if graph.is_fixed(a)}
+    return Cluster(source, tuple(members[::-1]), tuple(constants))
