@@ -32,6 +32,12 @@ class Nested(nn.Module):
         return Setup(name="decoder")(nn.Dense(5)(x))
 
 
+class SameNames(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return Setup(name="head")(x)
+
+
 class Rematerialised(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -84,6 +90,7 @@ LINEN = [
     (Setup(), "head"),
     (Nested(), "decoder/head"),
     (Nested(), "decoder.head"),
+    (SameNames(), "head/head"),
     (Rematerialised(), "decoder/head"),
 ]
 
