@@ -23,7 +23,9 @@ def lrp(fn: Callable[[Array], Any], *, composite: Composite) -> Callable[[Array]
 
     Returns:
         A function with fn's outputs. `x * jax.grad(lambda x: lrp(fn)(x)[i])(x)` is the relevance of output i. It is
-        traced anew at every call outside of jit.
+        traced anew at every call outside of jit. The modified gradient is one with respect to the input: to a linear
+        layer's rule its weights are constants, so differentiate fn itself by its parameters. Derivatives of the
+        relevance by the parameters are exact.
 
     Raises:
         ValueError: the composite's first-layer rule puts relevance where the input is zero (flat, w², z-box).

@@ -1,6 +1,7 @@
 """Transformers: attention, normalisation, gates, against the same rules written with stop_gradient."""
 
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -99,3 +100,19 @@ def test_a_plain_exponential_is_refused(params):
             jnp.ones((1, 8)),
             composite=composites.attn_lrp(),
         )
+
+
+def test_lxts_explicit_rules(x64):
+    """The map of LXT 2.1 on the same weights; see tests/golden/make_lxt.py."""
+    with np.load(pathlib.Path(__file__).parents[1] / "golden" / "lxt_transformer.npz") as stored:
+        arrays = {k: jnp.asarray(v, jnp.float64) for k, v in stored.items()}
+    weights = {k.removeprefix("weights/"): v for k, v in arrays.items() if k.startswith("weights/")}
+    heads = {n: weights[n].reshape(8, 2, 4) for n in "qkv"} | {
+        "o": weights["o"].reshape(2, 4, 8),
+        "bias": weights["bias"].reshape(2, 4),
+    }
+    weights |= heads
+    # LXT computes its RMSNorm in float32 whatever it is given.
+    np.testing.assert_allclose(transformer(weights, arrays["x"]), arrays["features"], atol=1e-6)
+    found = xda.relevance(transformer, weights, arrays["x"], arrays["seed"], composite=composites.attn_lrp(**EXACT))
+    assert np.abs(found - arrays["map"]).max() <= 1e-6 * np.abs(arrays["map"]).max()
