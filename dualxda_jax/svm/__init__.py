@@ -7,11 +7,11 @@
 
 from dualxda_jax.svm.config import NotConvergedWarning, SolverConfig
 from dualxda_jax.svm.newton import SolverState
+from dualxda_jax.svm.objectives import objectives
 from dualxda_jax.svm.path import solve_path
 from dualxda_jax.svm.solver import (
     finish,
     init,
-    objectives,
     solve,
     step,
 )

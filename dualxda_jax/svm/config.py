@@ -46,3 +46,6 @@ class SolverConfig:
             _check.fail("config.growth", self.growth, "finite and above 1")
         if not (math.isfinite(self.intercept_scaling) and self.intercept_scaling >= 0):
             _check.fail("config.intercept_scaling", self.intercept_scaling, "0 or more and finite")
+
+
+DEFAULT = SolverConfig()

@@ -6,8 +6,8 @@ The proximal point method on the dual keeps an anchor q̄ and a penalty r and mi
 
 whose gradient is W − W(α(q)). Its generalised Hessian I + r Σ_i C_i J_i ⊗ φ_iφ_iᵀ with J_i = diag(s) − ssᵀ/|s|, s the
 positive entries of q_i, counts only rows with two or more of them: few of all near the optimum. Newton's equation is
-solved by conjugate gradients over those rows alone. Then the anchor moves to q and the penalty grows. Every q is feasible,
-so that every step has an exact gap, and zeros are exact.
+solved by conjugate gradients over those rows alone. Then the anchor moves to q and the penalty grows. Every q is
+feasible, so that every step has an exact gap, and zeros are exact.
 
 Source: Yan & Li, Efficient semismooth Newton for SVMs (2019), and Niu et al. (2019), for two classes; the multi-class
 form replaces their scalar projection by the one onto the simplex.

@@ -9,7 +9,7 @@ from jax import lax
 
 from dualxda_jax import _check
 from dualxda_jax.svm import solver
-from dualxda_jax.svm.config import SolverConfig
+from dualxda_jax.svm.config import DEFAULT, SolverConfig
 from dualxda_jax.types import DualSolution
 
 Array = jax.Array
@@ -21,7 +21,7 @@ def solve_path(
     *,
     num_classes: int,
     costs: Any,
-    config: SolverConfig = SolverConfig(),
+    config: SolverConfig = DEFAULT,
 ) -> DualSolution:
     """Solve for m costs.
 

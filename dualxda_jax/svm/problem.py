@@ -1,7 +1,7 @@
 """The dual problem in scaled variables, and what one pass over the features tells about it.
 
-The dual variables of sample i are kept as a point q_i of the probability simplex, α_i = C_i (e_{y_i} − q_i), so that costs
-enter as weights only and a sample without cost drops out by itself. With z = scores + 1[c ≠ y] and m_i = max_c z_ic,
+The dual variables of sample i are kept as a point q_i of the probability simplex, α_i = C_i (e_{y_i} − q_i), so that
+costs enter as weights only and a sample without cost drops out by itself. With z = scores + 1[c ≠ y], m_i = max_c z_ic,
 
     primal(W) − dual(α) = Σ_i C_i Σ_c q_ic (m_i − z_ic) + ½‖W − W(α)‖²                                     (1)
 
@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
+
+from dualxda_jax.svm.config import SolverConfig
 
 Array = jax.Array
 
@@ -52,6 +53,21 @@ class Problem:
     margin: Array
     intercept_scaling: float = dataclasses.field(metadata={"static": True})
     chunk: int = dataclasses.field(metadata={"static": True})
+
+
+def problem_of(features: Array, labels: Array, costs: Array, num_classes: int, config: SolverConfig) -> Problem:
+    """The data of a solve, in float64 but for the features."""
+    n, d = features.shape
+    return Problem(
+        features,
+        labels,
+        costs.astype(jnp.float64),
+        jnp.asarray(n, jnp.int32),
+        jnp.zeros((num_classes, d + 1), jnp.float64),
+        jnp.ones((), jnp.float64),
+        config.intercept_scaling,
+        config.chunk,
+    )
 
 
 class Chunk(NamedTuple):
@@ -185,27 +201,3 @@ def from_coefficients(coefficients: Array, labels: Array, cost: Array) -> Array:
     others = jnp.where(at_label, 0.0, jnp.maximum(-alpha, 0.0)) / jnp.where(cost > 0.0, cost, 1.0)[None, :]
     others = jnp.where((cost > 0.0)[None, :], others / jnp.maximum(jnp.sum(others, axis=0, keepdims=True), 1.0), 0.0)
     return jnp.where(at_label, jnp.maximum(1.0 - jnp.sum(others, axis=0, keepdims=True), 0.0), others)
-
-
-def host_objectives(
-    features: np.ndarray, labels: np.ndarray, alpha: np.ndarray, cost: np.ndarray, scaling: float, chunk: int = 8192
-) -> tuple[float, float]:
-    """Primal and dual objective in float64 NumPy, chunk by chunk: (primal at W(α), dual at α)."""
-    n, k = alpha.shape
-    weights, bias, linear = np.zeros((k, features.shape[1])), np.zeros(k), 0.0
-    parts = [slice(i, i + chunk) for i in range(0, n, chunk)]
-    for part in parts:
-        a = np.asarray(alpha[part], np.float64)
-        weights += a.T @ np.asarray(features[part], np.float64)
-        bias += scaling * a.sum(axis=0)
-        linear += a.sum() - a[np.arange(len(a)), labels[part]].sum()
-    norm = 0.5 * (float(np.sum(weights**2)) + float(np.sum(bias**2)))
-    loss = 0.0
-    for part in parts:
-        z = np.asarray(features[part], np.float64) @ weights.T + scaling * bias
-        rows = np.arange(len(z))
-        true = z[rows, labels[part]].copy()
-        z += 1.0
-        z[rows, labels[part]] -= 1.0
-        loss += float(np.sum(cost[part] * (z.max(axis=1) - true)))
-    return norm + loss, -norm - linear

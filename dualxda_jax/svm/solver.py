@@ -8,21 +8,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from dualxda_jax import _check
 from dualxda_jax.svm import implicit, newton, working_set
-from dualxda_jax.svm.config import NotConvergedWarning, SolverConfig
+from dualxda_jax.svm.config import DEFAULT, NotConvergedWarning, SolverConfig
+from dualxda_jax.svm.inputs import in_trace, prepare, result_dtype, start_coefficients
 from dualxda_jax.svm.newton import SolverState
 from dualxda_jax.svm.problem import (
     TINY,
     Array,
     Problem,
     from_coefficients,
-    host_objectives,
     largest_curvature,
     primal_and_gap,
+    problem_of,
     relative,
     to_coefficients,
     weights_of,
@@ -36,13 +36,13 @@ def init(
     *,
     num_classes: int,
     cost: Array | float,
-    config: SolverConfig = SolverConfig(),
+    config: SolverConfig = DEFAULT,
     init: DualSolution | None = None,
     sample_weight: Array | None = None,
 ) -> SolverState:
     """The state from which `step` starts. Arguments as `solve`'s."""
-    features, labels, costs = _prepare(features, labels, num_classes, cost, sample_weight)
-    start = _start_coefficients(init, features, labels, num_classes)
+    features, labels, costs = prepare(features, labels, num_classes, cost, sample_weight)
+    start = start_coefficients(init, features, num_classes)
     with jax.enable_x64(True):
         return _init(features, labels, costs, start, num_classes=num_classes, config=config)
 
@@ -54,7 +54,7 @@ def step(
     *,
     num_classes: int,
     cost: Array | float,
-    config: SolverConfig = SolverConfig(),
+    config: SolverConfig = DEFAULT,
     sample_weight: Array | None = None,
 ) -> tuple[SolverState, SolveInfo]:
     """One step of the solver: a Newton step with its line search, or a move of the anchor.
@@ -68,7 +68,7 @@ def step(
     Returns:
         The new state and how far it is.
     """
-    features, labels, costs = _prepare(features, labels, num_classes, cost, sample_weight)
+    features, labels, costs = prepare(features, labels, num_classes, cost, sample_weight)
     with jax.enable_x64(True):
         target = jnp.asarray(config.tolerance, jnp.float64)
         return _step(state, features, labels, costs, target, config=config)
@@ -81,7 +81,7 @@ def finish(
     *,
     num_classes: int,
     cost: Array | float,
-    config: SolverConfig = SolverConfig(),
+    config: SolverConfig = DEFAULT,
     sample_weight: Array | None = None,
 ) -> DualSolution:
     """The solution that a state stands for, certified with the weights that its coefficients make.
@@ -89,7 +89,7 @@ def finish(
     Args:
         state: from `init` or `step`; every other argument as given to `init`.
     """
-    features, labels, costs = _prepare(features, labels, num_classes, cost, sample_weight)
+    features, labels, costs = prepare(features, labels, num_classes, cost, sample_weight)
     with jax.enable_x64(True):
         coefficients, info = _certified(state, features, labels, costs, config=config)
     return _solution(coefficients, features, info, config)
@@ -101,7 +101,7 @@ def solve(
     *,
     num_classes: int,
     cost: Array | float,
-    config: SolverConfig = SolverConfig(),
+    config: SolverConfig = DEFAULT,
     init: DualSolution | None = None,
     sample_weight: Array | None = None,
     progress: Progress | None = None,
@@ -132,20 +132,20 @@ def solve(
 
     Source: Crammer & Singer, JMLR 2001; for the method see `newton`.
     """
-    features, labels, costs = _prepare(features, labels, num_classes, cost, sample_weight)
-    start = _start_coefficients(init, features, labels, num_classes)
+    features, labels, costs = prepare(features, labels, num_classes, cost, sample_weight)
+    start = start_coefficients(init, features, num_classes)
     frozen = [lax.stop_gradient(a) for a in (features, labels, costs, start)]
     if progress is None:
         coefficients, info = _forward(*frozen, num_classes=num_classes, config=config)
     else:
-        if _in_trace(*frozen):
+        if in_trace(*frozen):
             _check.fail("progress", "a callback inside a trace", "None there")
         coefficients, info = _watched(*frozen, num_classes=num_classes, config=config, progress=progress)
     coefficients = implicit.attach(
         coefficients, features, labels, costs, num_classes=num_classes, intercept_scaling=config.intercept_scaling
     )
     solution = _solution(coefficients, features, info, config)
-    if not _in_trace(solution) and not bool(info.converged):
+    if not in_trace(solution) and not bool(info.converged):
         warnings.warn(
             f"svm.solve reached a relative duality gap of {float(info.gap):.2e}, not the tolerance of "
             f"{config.tolerance:.0e}, in {int(info.epochs)} epochs: raise config.max_epochs or config.tolerance",
@@ -153,126 +153,6 @@ def solve(
             stacklevel=2,
         )
     return solution
-
-
-def objectives(
-    features: Array,
-    labels: Array,
-    coefficients: Array,
-    *,
-    num_classes: int,
-    cost: Array | float,
-    intercept_scaling: float = 0.0,
-) -> tuple[Array, Array]:
-    """Primal objective at W(α) and dual objective at α, computed in float64 whatever dtype comes in.
-
-    Args:
-        features: [n, d].
-        labels: [n] integers in 0..k-1.
-        coefficients: [n, k] feasible dual variables.
-        num_classes: k.
-        cost: scalar or [n].
-        intercept_scaling: b.
-
-    Returns:
-        (primal, dual), scalars: float64 NumPy numbers outside of a trace, float32 (float64 under x64) arrays inside.
-    """
-    features, labels, costs = _prepare(features, labels, num_classes, cost, None)
-    _check.shape("coefficients", coefficients, [features.shape[0], num_classes])
-    if not _in_trace(features, labels, coefficients, costs):
-        arrays = [np.asarray(a) for a in (features, labels, coefficients, costs)]
-        primal, dual = host_objectives(*arrays, intercept_scaling)
-        return np.float64(primal), np.float64(dual)  # type: ignore[return-value]
-    with jax.enable_x64(True):
-        parts = _objectives(features, labels, coefficients, costs, intercept_scaling)
-    return parts
-
-
-def _result_dtype(features: Any) -> Any:
-    return jnp.float64 if features.dtype == jnp.float64 else jnp.float32
-
-
-def _in_trace(*trees: Any) -> bool:
-    return _check.is_traced(*trees) or isinstance(jnp.zeros(()), jax.core.Tracer)
-
-
-def _prepare(features: Any, labels: Any, num_classes: int, cost: Any, sample_weight: Any) -> tuple[Array, Array, Array]:
-    """Check everything and return features, int32 labels and the cost of every sample."""
-    if not hasattr(features, "dtype"):
-        features = np.asarray(features)
-    if not jnp.issubdtype(features.dtype, jnp.floating):
-        _check.fail("features", f"dtype {features.dtype}", "floating point")
-    _check.shape("features", features, ["n", "d"])
-    n = features.shape[0]
-    if n == 0:
-        _check.fail("features", "no rows", "[n, d] with n of 1 or more")
-    if features.shape[1] == 0:
-        _check.fail("features", "no columns", "[n, d] with d of 1 or more")
-    if not isinstance(num_classes, (int, np.integer)) or num_classes < 2:
-        _check.fail("num_classes", num_classes, "an integer of 2 or more")
-    _check.shape("labels", labels, [n])
-    _check.integers("labels", labels)
-    _check.class_range("labels", labels, num_classes)
-    _check_costs("cost", cost, n, scalar=True)
-    if sample_weight is not None:
-        _check_costs("sample_weight", sample_weight, n, scalar=False)
-    if not _check.is_traced(features):
-        _check_finite(features)
-    features = jnp.asarray(features)
-    dtype = _result_dtype(features)
-    costs = jnp.broadcast_to(jnp.asarray(cost).astype(dtype), (n,))
-    if sample_weight is not None:
-        costs = costs * jnp.asarray(sample_weight).astype(dtype)
-    return features, jnp.asarray(labels).astype(jnp.int32), costs
-
-
-def _check_costs(name: str, values: Any, n: int, *, scalar: bool) -> None:
-    shape = np.shape(values)
-    if shape != (n,) and not (scalar and shape == ()):
-        _check.fail(name, f"shape {shape}", f"a scalar or [{n}]" if scalar else f"[{n}]")
-    if _check.is_traced(values):
-        return
-    values = np.asarray(values, np.float64)
-    wrong = ~np.isfinite(values) | (values < 0.0)
-    if wrong.any():
-        _check.fail(name, f"{values[wrong].flat[0]} ({int(wrong.sum())} such values)", "finite and 0 or more")
-    if shape == () and values == 0.0:
-        _check.fail(name, "0", "above 0 (a cost per sample may be 0)")
-
-
-def _check_finite(features: Any) -> None:
-    # NumPy, so that concrete features inside somebody's trace can be looked at as well.
-    values = np.asarray(features)
-    parts = [values[i : i + 65536].astype(np.float32) for i in range(0, len(values), 65536)]
-    rows = np.concatenate([np.isfinite(part).all(axis=1) for part in parts])
-    if not rows.all():
-        bad = np.flatnonzero(~rows)
-        first = ", ".join(str(i) for i in bad[:5])
-        _check.fail("features", f"NaN or Inf in {bad.size} of {rows.size} rows, first in rows {first}", "finite")
-
-
-def _start_coefficients(start: DualSolution | None, features: Array, labels: Array, num_classes: int) -> Array:
-    n, dtype = features.shape[0], _result_dtype(features)
-    if start is None:
-        return jnp.zeros((n, num_classes), dtype)
-    coefficients = start.coefficients
-    if coefficients.ndim != 2 or coefficients.shape[0] > n or coefficients.shape[1] != num_classes:
-        _check.fail("init.coefficients", f"shape {coefficients.shape}", f"at most {n} rows of {num_classes}")
-    return jnp.pad(coefficients.astype(dtype), ((0, n - coefficients.shape[0]), (0, 0)))
-
-
-def _problem(features: Array, labels: Array, costs: Array, num_classes: int, config: SolverConfig) -> Problem:
-    n, d = features.shape
-    return Problem(
-        features,
-        labels,
-        costs.astype(jnp.float64),
-        jnp.asarray(n, jnp.int32),
-        jnp.zeros((num_classes, d + 1), jnp.float64),
-        jnp.ones((), jnp.float64),
-        config.intercept_scaling,
-        config.chunk,
-    )
 
 
 def _start(problem: Problem, start: Array, config: SolverConfig) -> SolverState:
@@ -287,24 +167,24 @@ def _start(problem: Problem, start: Array, config: SolverConfig) -> SolverState:
 def _init(
     features: Array, labels: Array, costs: Array, start: Array, *, num_classes: int, config: SolverConfig
 ) -> SolverState:
-    return _start(_problem(features, labels, costs, num_classes, config), start, config)
+    return _start(problem_of(features, labels, costs, num_classes, config), start, config)
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def _step(
     state: SolverState, features: Array, labels: Array, costs: Array, target: Array, *, config: SolverConfig
 ) -> tuple[SolverState, SolveInfo]:
-    problem = _problem(features, labels, costs, state.weights.shape[0], config)
+    problem = problem_of(features, labels, costs, state.weights.shape[0], config)
     state = working_set.step(problem, state, target, config)
-    return state, _info(state.at.primal, state.gap, state.epochs, config, _result_dtype(features))
+    return state, _info(state.at.primal, state.gap, state.epochs, config, result_dtype(features))
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def _certified(
     state: SolverState, features: Array, labels: Array, costs: Array, *, config: SolverConfig
 ) -> tuple[Array, SolveInfo]:
-    problem = _problem(features, labels, costs, state.weights.shape[0], config)
-    dtype = _result_dtype(features)
+    problem = problem_of(features, labels, costs, state.weights.shape[0], config)
+    dtype = result_dtype(features)
     coefficients, primal, gap = _certificate(problem, state, dtype)
     return coefficients, _info(primal, gap, state.epochs + 2, config, dtype)
 
@@ -337,7 +217,7 @@ def _margin(rounds: Array, config: SolverConfig) -> Array:
 def _info(primal: Array, gap: Array, epochs: Array, config: SolverConfig, dtype: Any) -> SolveInfo:
     ratio = relative(gap, primal)
     parts = [a.astype(dtype) for a in (primal, primal - gap, ratio)]
-    return SolveInfo(*parts, epochs.astype(jnp.int32), ratio <= config.tolerance)
+    return SolveInfo(parts[0], parts[1], parts[2], epochs.astype(jnp.int32), ratio <= config.tolerance)
 
 
 def _forward(
@@ -352,8 +232,8 @@ def _forward(
 def _compiled(
     features: Array, labels: Array, costs: Array, start: Array, *, num_classes: int, config: SolverConfig
 ) -> tuple[Array, SolveInfo]:
-    problem = _problem(features, labels, costs, num_classes, config)
-    dtype = _result_dtype(features)
+    problem = problem_of(features, labels, costs, num_classes, config)
+    dtype = result_dtype(features)
     state = _start(problem, start, config)
 
     def solve_to(state: SolverState, target: Array, margin: Array) -> SolverState:
@@ -432,15 +312,3 @@ def _solution(coefficients: Array, features: Array, info: SolveInfo, config: Sol
     )
     intercept = config.intercept_scaling**2 * jnp.sum(coefficients, axis=0)
     return DualSolution(coefficients, weights, intercept, config.intercept_scaling, info)
-
-
-@functools.partial(jax.jit, static_argnames=("intercept_scaling",))
-def _objectives(
-    features: Array, labels: Array, coefficients: Array, costs: Array, intercept_scaling: float
-) -> tuple[Array, Array]:
-    config = SolverConfig(intercept_scaling=intercept_scaling)
-    problem = _problem(features, labels, costs, coefficients.shape[1], config)
-    q = from_coefficients(coefficients.astype(jnp.float64), labels, problem.cost)
-    primal, gap = primal_and_gap(problem, weights_of(problem, q), q)
-    dtype = _result_dtype(features)
-    return primal.astype(dtype), (primal - gap).astype(dtype)

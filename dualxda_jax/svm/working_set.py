@@ -1,9 +1,9 @@
 """Working sets: solve for the samples that are still undecided, the others held where they are.
 
 A sample is decided if its q_i is a vertex of the simplex and that class leads all others in z_i by some way. Near the
-optimum nearly all are. Held fixed they add a constant to W(α), and what is left is the same problem over few rows: block
-coordinate ascent on the dual, which cannot lose ground. A pass over all samples afterwards finds those that changed their
-mind and gives the exact gap at W(α).
+optimum nearly all are. Held fixed they add a constant to W(α), and what is left is the same problem over few rows:
+block coordinate ascent on the dual, which cannot lose ground. A pass over all samples afterwards finds those that
+changed their mind and gives the exact gap.
 
 Source: the idea is LIBLINEAR's shrinking (Keerthi et al., KDD 2008) with a Newton method inside.
 """

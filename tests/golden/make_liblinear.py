@@ -1,10 +1,10 @@
 """Make liblinear_*.npz: small Crammer-Singer problems as LIBLINEAR solves them.
 
-Needs a Python with numpy and `pip install --no-deps dualxda_skl` (module `sklearn_dual`: scikit-learn's LinearSVC with the
-dual variables kept) and its dependencies scipy, joblib, threadpoolctl. Run it anywhere; the files land beside it.
+Needs a Python with numpy, scipy, joblib, threadpoolctl and `pip install --no-deps dualxda_skl` (module `sklearn_dual`:
+scikit-learn's LinearSVC with the dual variables kept). Run it anywhere; the files land beside it.
 
-LIBLINEAR leaves the dual variables of zero rows at zero, though W does not depend on them and the dual objective does, and
-knows nothing of classes without samples: their files have large gaps.
+LIBLINEAR leaves the dual variables of zero rows at zero, where the dual objective wants them at the bound (W does not
+depend on them), and knows nothing of classes without samples: such files have large gaps.
 
 Each file holds features [n, d], labels [n], num_classes, cost, intercept_scaling (b; LIBLINEAR appends the constant
 feature b), alpha [n, k], coef [k, d], intercept [k] and gap: the relative duality gap that LIBLINEAR really reached.

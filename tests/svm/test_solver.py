@@ -1,7 +1,5 @@
 """The solver certifies, keeps the box, and says what is wrong with bad input."""
 
-import warnings
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,7 +96,7 @@ def test_warm_starts_from_elsewhere(rng):
                   init=before, **given),
     ):  # fmt: skip
         assert bool(other.info.converged)
-    with pytest.raises(ValueError, match="init.coefficients"):
+    with pytest.raises(ValueError, match=r"init\.coefficients"):
         svm.solve(features[:10], labels[:10], cost=1e-1, init=before, **given)
 
 
@@ -161,7 +159,7 @@ def test_jit_and_vmap_agree_with_eager(rng):
 def test_out_of_epochs_is_said(rng):
     features, labels = make(rng)
     config = svm.SolverConfig(tolerance=1e-6, max_epochs=3)
-    with pytest.warns(svm.NotConvergedWarning, match="raise config.max_epochs"):
+    with pytest.warns(svm.NotConvergedWarning, match=r"raise config\.max_epochs"):
         solution = svm.solve(features, labels, num_classes=4, cost=1e-1, config=config)
     assert not bool(solution.info.converged)
     assert float(solution.info.gap) > 1e-6
@@ -170,7 +168,7 @@ def test_out_of_epochs_is_said(rng):
 def test_not_finite_features(rng):
     features, labels = make(rng)
     features[[3, 8], 2] = np.nan, np.inf
-    with pytest.raises(ValueError, match="NaN or Inf in 2 of 60 rows, first in rows 3, 8"):
+    with pytest.raises(ValueError, match=r"NaN or Inf in 2 of 60 rows, first in rows 3, 8"):
         svm.solve(features, labels, num_classes=4, cost=1e-3)
     solution = jax.jit(lambda f: svm.solve(f, labels, num_classes=4, cost=1e-3))(jnp.asarray(features))
     assert not bool(solution.info.converged)

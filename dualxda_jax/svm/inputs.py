@@ -1,0 +1,88 @@
+"""What the solver accepts: checks before anything is traced, and one form for all that passes."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dualxda_jax import _check
+from dualxda_jax.types import DualSolution
+
+Array = jax.Array
+
+
+def result_dtype(features: Any) -> Any:
+    """float64 for float64 features, else float32."""
+    return jnp.float64 if features.dtype == jnp.float64 else jnp.float32
+
+
+def in_trace(*trees: Any) -> bool:
+    """Whether values cannot be looked at, because they are traced or because a trace is under way around them."""
+    return _check.is_traced(*trees) or isinstance(jnp.zeros(()), jax.core.Tracer)
+
+
+def prepare(features: Any, labels: Any, num_classes: int, cost: Any, sample_weight: Any) -> tuple[Array, Array, Array]:
+    """Check everything and return features, int32 labels and the cost of every sample."""
+    if not hasattr(features, "dtype"):
+        features = np.asarray(features)
+    if not jnp.issubdtype(features.dtype, jnp.floating):
+        _check.fail("features", f"dtype {features.dtype}", "floating point")
+    _check.shape("features", features, ["n", "d"])
+    n = features.shape[0]
+    if n == 0:
+        _check.fail("features", "no rows", "[n, d] with n of 1 or more")
+    if features.shape[1] == 0:
+        _check.fail("features", "no columns", "[n, d] with d of 1 or more")
+    if not isinstance(num_classes, (int, np.integer)) or num_classes < 2:
+        _check.fail("num_classes", num_classes, "an integer of 2 or more")
+    _check.shape("labels", labels, [n])
+    _check.integers("labels", labels)
+    _check.class_range("labels", labels, num_classes)
+    _check_costs("cost", cost, n, scalar=True)
+    if sample_weight is not None:
+        _check_costs("sample_weight", sample_weight, n, scalar=False)
+    if not _check.is_traced(features):
+        _check_finite(features)
+    features = jnp.asarray(features)
+    dtype = result_dtype(features)
+    costs = jnp.broadcast_to(jnp.asarray(cost).astype(dtype), (n,))
+    if sample_weight is not None:
+        costs = costs * jnp.asarray(sample_weight).astype(dtype)
+    return features, jnp.asarray(labels).astype(jnp.int32), costs
+
+
+def _check_costs(name: str, values: Any, n: int, *, scalar: bool) -> None:
+    shape = np.shape(values)
+    if shape != (n,) and not (scalar and shape == ()):
+        _check.fail(name, f"shape {shape}", f"a scalar or [{n}]" if scalar else f"[{n}]")
+    if _check.is_traced(values):
+        return
+    values = np.asarray(values, np.float64)
+    wrong = ~np.isfinite(values) | (values < 0.0)
+    if wrong.any():
+        _check.fail(name, f"{values[wrong].flat[0]} ({int(wrong.sum())} such values)", "finite and 0 or more")
+    if shape == () and values == 0.0:
+        _check.fail(name, "0", "above 0 (a cost per sample may be 0)")
+
+
+def _check_finite(features: Any) -> None:
+    # NumPy, so that concrete features inside somebody's trace can be looked at as well.
+    values = np.asarray(features)
+    parts = [values[i : i + 65536].astype(np.float32) for i in range(0, len(values), 65536)]
+    rows = np.concatenate([np.isfinite(part).all(axis=1) for part in parts])
+    if not rows.all():
+        bad = np.flatnonzero(~rows)
+        first = ", ".join(str(i) for i in bad[:5])
+        _check.fail("features", f"NaN or Inf in {bad.size} of {rows.size} rows, first in rows {first}", "finite")
+
+
+def start_coefficients(start: DualSolution | None, features: Array, num_classes: int) -> Array:
+    """[n, k] dual variables to start from: zeros where there is no solution, or for rows that it does not know."""
+    n, dtype = features.shape[0], result_dtype(features)
+    if start is None:
+        return jnp.zeros((n, num_classes), dtype)
+    coefficients = start.coefficients
+    if coefficients.ndim != 2 or coefficients.shape[0] > n or coefficients.shape[1] != num_classes:
+        _check.fail("init.coefficients", f"shape {coefficients.shape}", f"at most {n} rows of {num_classes}")
+    return jnp.pad(coefficients.astype(dtype), ((0, n - coefficients.shape[0]), (0, 0)))
