@@ -139,6 +139,10 @@ def explain_logit(
 def check_inputs(feature_fn: FeatureFn, params: Params, argument: str, x: Array, composite: Composite) -> None:
     """Refuse inputs that do not fit, and feature functions that are none."""
     transform.check_composite(composite)
+    try:
+        hash(feature_fn)
+    except TypeError:
+        _check.fail("feature_fn", f"an unhashable {type(feature_fn).__name__}", "hashable: it is a static argument")
     if np.ndim(x) < 1:
         _check.fail(argument, f"shape {np.shape(x)}", "[b, ...]")
     if not jnp.issubdtype(jnp.result_type(x), jnp.floating):

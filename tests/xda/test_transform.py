@@ -216,6 +216,21 @@ def test_nnx_and_linen_give_the_same(two):
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+def test_jit_and_checkpoint_inside_of_the_function_change_nothing(two):
+    seed = jnp.asarray([[1.0, -2.0]])
+
+    def wrapped(params, x):
+        return jax.checkpoint(jax.jit(lambda v: jax.nn.relu(dense(params, v))))(x) @ params["w"]
+
+    def plain(params, x):
+        return jax.nn.relu(dense(params, x)) @ params["w"]
+
+    found, expected = (
+        xda.relevance(fn, two, jnp.asarray(A), seed, composite=composites.epsilon()) for fn in (wrapped, plain)
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 def test_tanh_passes_relevance(two):
     seed = jnp.asarray([[1.0, 2.0]])
     small = jax.tree.map(lambda leaf: leaf / 10, two)
