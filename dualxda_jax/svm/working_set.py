@@ -5,6 +5,11 @@ optimum nearly all are. Held fixed they add a constant to W(α), and what is lef
 block coordinate ascent on the dual, which cannot lose ground. A pass over all samples afterwards finds those that
 changed their mind and gives the exact gap.
 
+What lost, on 60,000 × 100 × 10 features of a CNN at C = 1e-3, to a gap of 1e-5 or less: passes over all samples alone
+took 98 epochs to a gap of 6e-5, this takes 14 to 2e-6. Surveying at W(α) in place of W left the gap between 8e-3 and
+1e-1, since slack grows with the distance of the two, times the cost. A start from a sixteenth of the samples saved 8
+epochs of 14, but its own 39 steps cost as much time.
+
 Source: the idea is LIBLINEAR's shrinking (Keerthi et al., KDD 2008) with a Newton method inside.
 """
 
@@ -19,6 +24,8 @@ from dualxda_jax.svm.problem import Array, Chunk, Problem, columns, over_rows, r
 
 # Leads that count as safe, widest first: the widest whose undecided samples fit is taken.
 LEADS = (1.0, 0.5, 0.25, 0.1)
+# Below each of these relative gaps, W has so little way to go that the next narrower lead is safe.
+GAPS = (2e-2, 1e-3)
 # Up to so many samples a working set is not worth its compilation.
 SMALL = 4096
 BLOCK_STEPS = 60
@@ -66,7 +73,9 @@ def solve_block(problem: Problem, state: SolverState, target: Array, config: Sol
     n = state.at.lead.shape[0]
     size = capacity(n)
     counts = jnp.stack([jnp.sum(state.at.lead < lead, dtype=jnp.int32) for lead in LEADS])
-    width = jnp.asarray(LEADS, state.at.lead.dtype)[jnp.sum(counts > size, dtype=jnp.int32)]
+    now = relative(state.gap, state.at.primal)
+    narrow = jnp.sum(now < jnp.asarray(GAPS, now.dtype), dtype=jnp.int32)
+    width = jnp.asarray(LEADS, now.dtype)[jnp.maximum(jnp.sum(counts > size, dtype=jnp.int32), narrow)]
     chosen = state.at.lead < width
     count = jnp.sum(chosen, dtype=jnp.int32)
     index = jnp.nonzero(chosen, size=size, fill_value=n)[0].astype(jnp.int32)
