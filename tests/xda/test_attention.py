@@ -65,12 +65,12 @@ def params(rng):
 def test_a_transformer_follows_attn_lrp(params, rng):
     x, direction = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((2, 5, 8), (2, 8)))
     np.testing.assert_allclose(transformer(params, x, oracle=True), transformer(params, x), rtol=1e-4, atol=1e-5)
-    gradient = jax.grad(lambda x: (transformer(params, x, oracle=True) * direction).sum())(x)
+    gradient = jax.jit(jax.grad(lambda x: (transformer(params, x, oracle=True) * direction).sum()))(x)
     seed = direction * transformer(params, x)
     found = xda.relevance(transformer, params, x, seed, composite=composites.attn_lrp(**EXACT))
     expected = x * gradient
     assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
-    transformed = xda.lrp(functools.partial(transformer, params), composite=composites.attn_lrp())
+    transformed = jax.jit(xda.lrp(functools.partial(transformer, params), composite=composites.attn_lrp()))
     np.testing.assert_allclose(transformed(x), transformer(params, x), rtol=1e-6, atol=1e-6)
 
 

@@ -85,7 +85,7 @@ def test_a_zero_coefficient_gives_zero_maps(params, images):
     assert not np.any(pair.test) and not np.any(pair.train) and pair.score == 0
 
 
-@pytest.mark.parametrize("chunk_size", [1, 2, 5, 6])
+@pytest.mark.parametrize("chunk_size", [2, 5])
 def test_chunks_vmap_and_jit_agree_with_a_loop(chunk_size, params, images):
     composite = composites.epsilon_plus()
     coefficients = jnp.asarray([1.0, -0.5, 0.25, 2.0, -3.0])
@@ -107,7 +107,7 @@ def test_input_times_modified_gradient_is_the_relevance(name, params, images):
     features = network(params, images)
     transformed = xda.lrp(functools.partial(network, params), composite=composite)
     np.testing.assert_allclose(transformed(images), features, atol=1e-6)
-    gradient = jax.grad(lambda x: (transformed(x) * features).sum())(images)
+    gradient = jax.jit(jax.grad(lambda x: (transformed(x) * features).sum()))(images)
     # The cotangent φ at the output stands for the relevance φ ⊙ φ.
     expected = xda.relevance(network, params, images, features * features, composite=composite)
     np.testing.assert_allclose(images * gradient, expected, rtol=1e-4, atol=1e-5)

@@ -159,7 +159,7 @@ class Mobile(nn.Module):
         return nn.relu(nn.Dense(6, bias_init=nn.initializers.normal(0.1))(x.mean((1, 2))))
 
 
-@pytest.mark.parametrize("name", ["epsilon", "epsilon_plus", "epsilon_plus_flat"])
+@pytest.mark.parametrize("name", ["epsilon", "epsilon_plus_flat"])
 def test_grouped_dilated_and_pooled_conserves(name, rng):
     x = jnp.asarray(rng.standard_normal((2, 8, 8, 3)), jnp.float32)
     variables = Mobile().init(jax.random.key(1), x)
@@ -327,5 +327,5 @@ def test_overrides_by_path_reach_their_layer_only(normalised):
     )
     # A functools.partial tells the paths as well.
     transformed = xda.lrp(functools.partial(Normalised().apply, variables), composite=composite)
-    found = x * jax.vjp(transformed, x)[1](jnp.ones_like(features))[0]
+    found = x * jax.jit(lambda x: jax.vjp(transformed, x)[1](jnp.ones_like(features))[0])(x)
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
