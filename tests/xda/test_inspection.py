@@ -22,7 +22,7 @@ class Net(nn.Module):
 @pytest.fixture
 def net(rng):
     x = jnp.asarray(rng.standard_normal((2, 6, 6, 3)), jnp.float32)
-    return Net().init(jax.random.key(0), x), x
+    return jax.jit(Net().init)(jax.random.key(0), x), x
 
 
 def test_the_table_names_rule_and_weights_of_every_layer(net):

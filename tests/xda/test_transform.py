@@ -89,7 +89,7 @@ class Normalised(nn.Module):
 @pytest.fixture
 def normalised(rng):
     x = jnp.asarray(rng.standard_normal((2, 8, 8, 3)), jnp.float32)
-    variables = Normalised().init(jax.random.key(0), x)
+    variables = jax.jit(Normalised().init)(jax.random.key(0), x)
     statistics = jax.tree.map(
         lambda leaf: jnp.asarray(rng.uniform(0.2, 2.0, leaf.shape), leaf.dtype), variables["batch_stats"]
     )
@@ -130,7 +130,7 @@ def test_batchnorm_merges_as_by_hand(name, bias, normalised):
     variables, x = normalised
     bounds = (-4.0, 4.0) if name == "epsilon_gamma_box" else ()
     composite = getattr(composites, name)(*bounds, zero_bias=bias == "zero")
-    features = merged(variables, x)
+    features = jax.jit(merged)(variables, x)
     np.testing.assert_allclose(Normalised().apply(variables, x), features, atol=1e-5)
     assert features.any(), "the network has to be alive"
     found = xda.relevance(Normalised().apply, variables, x, features, composite=composite)
@@ -140,7 +140,7 @@ def test_batchnorm_merges_as_by_hand(name, bias, normalised):
 
 def test_a_residual_network_conserves(normalised):
     variables, x = normalised
-    features = Normalised().apply(variables, x)
+    features = jax.jit(Normalised().apply)(variables, x)
     found = xda.relevance(Normalised().apply, variables, x, features, composite=composites.epsilon_plus())
     np.testing.assert_allclose(found.sum((1, 2, 3)), features.sum(1), rtol=1e-3)
 
@@ -162,8 +162,8 @@ class Mobile(nn.Module):
 @pytest.mark.parametrize("name", ["epsilon", "epsilon_plus_flat"])
 def test_grouped_dilated_and_pooled_conserves(name, rng):
     x = jnp.asarray(rng.standard_normal((2, 8, 8, 3)), jnp.float32)
-    variables = Mobile().init(jax.random.key(1), x)
-    features = Mobile().apply(variables, x)
+    variables = jax.jit(Mobile().init)(jax.random.key(1), x)
+    features = jax.jit(Mobile().apply)(variables, x)
     composite = getattr(composites, name)()
     found = xda.relevance(Mobile().apply, variables, x, features, composite=composite)
     np.testing.assert_allclose(found.sum((1, 2, 3)), features.sum(1), rtol=1e-3)
@@ -320,7 +320,7 @@ def test_overrides_by_path_reach_their_layer_only(normalised):
     composite = dataclasses.replace(composites.epsilon_plus(), overrides=(("Conv_[12]/*", rule),))
     table = xda.explain_rules(Normalised().apply, variables, x, composite=composite)
     assert [row.path for row in table.rows if row.rule == str(rule)] == ["Conv_1/kernel", "Conv_2/kernel"]
-    features = Normalised().apply(variables, x)
+    features = jax.jit(Normalised().apply)(variables, x)
     expected = xda.relevance(Normalised().apply, variables, x, features, composite=composite)
     assert not np.allclose(
         expected, xda.relevance(Normalised().apply, variables, x, features, composite=composites.epsilon_plus())
