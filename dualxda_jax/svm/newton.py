@@ -30,6 +30,8 @@ FORCING_LATE = 0.01
 MAX_CG = 500
 SHORTEST_STEP = 1e-4
 TRUST = 0.1
+# Newton steps up to which an inner problem counts as easy.
+EASY = 6
 # Newton steps that no configuration allows: the next step moves the anchor.
 NEVER = 2**30
 
@@ -184,11 +186,17 @@ def advance(problem: Problem, state: SolverState, enough: Array, config: SolverC
     """
     close = state.at.slack <= enough
     settled = (state.distance <= config.accuracy * state.at.slack) & ~close
-    settled = settled | (state.newton_steps >= config.max_newton)
+    settled = settled | (state.newton_steps == NEVER)
+    hopeless = (state.newton_steps >= config.max_newton) & ~settled
+    still = settled | hopeless
     anchor = jnp.where(settled, state.at.simplex, state.anchor)
-    penalty = jnp.where(settled, jnp.minimum(state.penalty * config.growth, MAX_PENALTY), state.penalty)
+    # The penalty grows while inner problems are easy. One that Newton's method cannot solve gets a softer penalty, and
+    # keeps its anchor.
+    hard = (state.newton_steps > EASY) & (state.newton_steps < NEVER)
+    change = jnp.where(hopeless, config.growth**-2.0, jnp.where(settled & ~hard, config.growth, 1.0))
+    penalty = jnp.minimum(state.penalty * change, MAX_PENALTY)
     gradient = state.weights - state.at.made
-    forcing = jnp.where(settled, 2.0, jnp.where(close, FORCING_LATE, FORCING))
+    forcing = jnp.where(still, 2.0, jnp.where(close, FORCING_LATE, FORCING))
     towards = direction(problem, state.at.simplex, penalty, gradient, forcing)
     slope = jnp.sum(gradient * towards)
     noise = 64.0 * jnp.finfo(gradient.dtype).eps * jnp.abs(state.at.value)
@@ -196,7 +204,7 @@ def advance(problem: Problem, state: SolverState, enough: Array, config: SolverC
     def refused(trial: tuple[Array, Array, Array, Evaluation]) -> Array:
         length, passes, _, at = trial
         lower = at.value <= state.at.value + 1e-4 * length * slope + noise
-        return (passes == 0) | (~(settled | lower) & (length > SHORTEST_STEP))
+        return (passes == 0) | (~(still | lower) & (length > SHORTEST_STEP))
 
     def shorten(trial: tuple[Array, Array, Array, Evaluation]) -> tuple[Array, Array, Array, Evaluation]:
         length, passes, _, _ = trial
@@ -205,8 +213,12 @@ def advance(problem: Problem, state: SolverState, enough: Array, config: SolverC
 
     # One place for the pass, before the first try as after a refusal: it is most of what there is to compile.
     first = (jnp.full((), 2.0, gradient.dtype), jnp.asarray(0, jnp.int32), state.weights, state.at)
-    _, passes, weights, at = lax.while_loop(refused, shorten, first)
-    newton_steps = jnp.where(settled, 0, state.newton_steps + 1)
+    length, passes, weights, at = lax.while_loop(refused, shorten, first)
+    # No step along this direction goes down: stay, and soften the penalty next.
+    stuck = ~still & ~(at.value <= state.at.value + 1e-4 * length * slope + noise)
+    weights = jnp.where(stuck, state.weights, weights)
+    at = jax.tree.map(lambda old, new: jnp.where(stuck, old, new), state.at, at)
+    newton_steps = jnp.where(still, 0, jnp.where(stuck, config.max_newton, state.newton_steps + 1))
     return SolverState(weights, anchor, penalty, newton_steps, state.epochs + passes, state.trust, at)
 
 

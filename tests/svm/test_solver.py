@@ -184,3 +184,16 @@ def test_by_hand(rng):
             break
     solution = svm.finish(state, features, labels, **given)
     assert bool(solution.info.converged)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("scale", [30.0, 1000.0])
+def test_stiff_problems_on_data_that_overlaps(rng, scale):
+    # Cost times squared norm of 1e4 and more: Newton's direction overshoots until the penalty is softened.
+    labels = rng.integers(0, 3, 60)
+    features = scale * (rng.normal(size=(60, 5)) + rng.normal(size=(3, 5))[labels])
+    for cost in (0.01, 1.0):
+        solution = svm.solve(features, labels, num_classes=3, cost=cost)
+        assert bool(solution.info.converged)
+        primal, dual = svm.objectives(features, labels, solution.coefficients, num_classes=3, cost=cost)
+        assert (primal - dual) / primal <= 1e-4
