@@ -29,9 +29,7 @@ def shape(argument: str, array: Any, expected: Sequence[int | str]) -> None:
         ValueError: another number of dimensions or another size.
     """
     got = tuple(np.shape(array))
-    fits = len(got) == len(expected) and all(
-        isinstance(e, str) or g == e for g, e in zip(got, expected, strict=True)
-    )
+    fits = len(got) == len(expected) and all(isinstance(e, str) or g == e for g, e in zip(got, expected, strict=True))
     if not fits:
         fail(argument, f"shape {got}", f"[{', '.join(str(e) for e in expected)}]")
 

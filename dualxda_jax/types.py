@@ -25,8 +25,7 @@ Progress = Callable[[int, int], None]
 """Called on the host with (steps done, steps in all) while long work runs."""
 
 
-def _static() -> Any:
-    return dataclasses.field(metadata={"static": True})
+_STATIC = {"static": True}
 
 
 @jax.tree_util.register_dataclass
@@ -109,7 +108,7 @@ class DualSolution:
     coefficients: Array
     weights: Array
     intercept: Array
-    intercept_scaling: float = _static()
+    intercept_scaling: float = dataclasses.field(metadata=_STATIC)
     info: SolveInfo
 
 
@@ -135,8 +134,8 @@ class SupportModel:
     index: Array
     weights: Array
     intercept: Array
-    intercept_scaling: float = _static()
-    train_size: int = _static()
+    intercept_scaling: float = dataclasses.field(metadata=_STATIC)
+    train_size: int = dataclasses.field(metadata=_STATIC)
 
 
 @jax.tree_util.register_dataclass
