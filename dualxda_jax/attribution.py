@@ -52,6 +52,7 @@ def compress(features: Any, labels: Any, solution: DualSolution, *, tolerance: f
     """
     _check.shape("solution.coefficients", solution.coefficients, ("n", "k"))
     n, k = solution.coefficients.shape
+    features, labels = (a if hasattr(a, "shape") else np.asarray(a) for a in (features, labels))
     _check.shape("features", features, (n, "d"))
     d = features.shape[1]
     _check.shape("labels", labels, (n,))

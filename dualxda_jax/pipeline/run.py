@@ -27,8 +27,11 @@ def run(config: DemoConfig, *, track: store.Track | None = None) -> Path:
 
     Raises:
         ValueError: data that cannot be read.
+        OSError: the folder of the report cannot be made.
     """
-    report.need_libraries()  # better now than after the training
+    # Better now than after the training.
+    report.need_libraries()
+    config.out.mkdir(parents=True, exist_ok=True)
     log: list[report.Stage] = []
     kept = config.out / "stages"
     stage = functools.partial(store.stage, kept, track or store.silent, log)

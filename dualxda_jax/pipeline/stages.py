@@ -28,6 +28,7 @@ BATCH = 512
 QUERIES_AT_ONCE = 100
 PAIRS_AT_ONCE = 12
 SUSPECTS = 16
+DETECTION_PLACES = 5
 SOLVER = svm.SolverConfig()
 COMPOSITE = xda.composites.epsilon_plus_flat()
 
@@ -163,12 +164,15 @@ def _over_queries(
 ) -> tuple[np.ndarray, float]:
     """Class detection per query [q], and the largest distance of a sum of scores from its logit."""
     detection, worst = [], 0.0
+    places = min(DETECTION_PLACES, len(train.labels))
     for start in range(0, len(targets), QUERIES_AT_ONCE):
         part = slice(start, start + QUERIES_AT_ONCE)
         target = jnp.asarray(targets[part], jnp.int32)
         scores = attribution.scores(support, queries[part], target)
         detection.append(
-            evaluation.class_detection(attribution.dense(support, scores), train.labels, target, per_query=True)
+            evaluation.class_detection(
+                attribution.dense(support, scores), train.labels, target, k=places, per_query=True
+            )
         )
         sums = np.asarray(scores, np.float64).sum(1)
         worst = max(worst, float(np.abs(sums - np.take_along_axis(logits[part], targets[part, None], 1)[:, 0]).max()))
