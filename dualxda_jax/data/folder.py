@@ -71,6 +71,8 @@ def load_folder(folder: str | PathLike[str]) -> Dataset:
     digits = tuple(str(c) for c in range(int(train.labels.max()) + 1))
     names = _class_names(folder) or (_DIGITS, digits, digits, CIFAR10_CLASSES)[layout]
     label_files = (files[1], files[3]) if len(files) == 4 else (files[0], files[-1])
+    if len(names) < 2:
+        raise bad(label_files[0], "labels of one class", "of two or more")
     for part, path in zip((train, test), label_files, strict=True):
         check_labels(part.labels, len(names), path)
     if train.images.shape[1:] != test.images.shape[1:] or train.images.dtype != test.images.dtype:

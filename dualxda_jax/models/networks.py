@@ -6,6 +6,8 @@ from functools import partial
 import flax.linen as nn
 import jax
 
+from dualxda_jax import _check
+
 Array = jax.Array
 
 HEAD = "head"
@@ -25,7 +27,9 @@ class SmallCNN(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Images [b, h, w, c] in [0, 1] -> logits [b, k]."""
+        """Images [b, h, w, c] in [0, 1] -> logits [b, k]; h and w 7 or more."""
+        if min(x.shape[1:3]) < 7:
+            _check.fail("images", f"{x.shape[1]} × {x.shape[2]} pixels", "7 × 7 or more for three 3×3 convolutions")
         for i, channels in enumerate((5, 10, 5)):
             x = nn.relu(nn.Conv(channels, (3, 3), padding="VALID", name=f"conv_{i}")(x))
         x = x.reshape((x.shape[0], -1))

@@ -70,6 +70,13 @@ def test_cifar(tmp_path, inner):
         data.load_folder(tmp_path)
 
 
+def test_labels_of_one_class_are_refused(tmp_path):
+    for part in ("train", "test"):
+        np.savez(tmp_path / f"{part}.npz", images=np.zeros((3, 4, 4)), labels=np.zeros(3, int))
+    with pytest.raises(data.DataError, match=r"train\.npz: got labels of one class, must be of two or more"):
+        data.load_folder(tmp_path)
+
+
 @pytest.mark.parametrize("archive", [True, False])
 def test_numpy(tmp_path, archive):
     images = np.linspace(0, 1, 3 * 4 * 4).reshape(3, 4, 4)

@@ -18,6 +18,11 @@ def test_small_cnn_is_the_papers():
     }
 
 
+def test_images_too_small_for_the_small_cnn_are_named():
+    with pytest.raises(ValueError, match="images: got 6 × 28 pixels, must be 7 × 7 or more"):
+        jax.eval_shape(models.SmallCNN().init, jax.random.key(0), jnp.zeros((1, 6, 28, 1)))
+
+
 @pytest.mark.parametrize(
     ("network", "parameters", "dimension"),
     # Counts of torchvision's networks with 10 classes, less the 7×7 stem (9,408), plus the 3×3 one (1,728).
