@@ -49,7 +49,12 @@ def prepare(features: Any, labels: Any, num_classes: int, cost: Any, sample_weig
     costs = jnp.broadcast_to(jnp.asarray(cost).astype(dtype), (n,))
     if sample_weight is not None:
         costs = costs * jnp.asarray(sample_weight).astype(dtype)
-    return features, jnp.asarray(labels).astype(jnp.int32), costs
+    labels = jnp.asarray(labels)
+    if _check.is_traced(labels, costs):
+        # What could not be looked at above must not end as an answer: it ends as NaN and not converged.
+        possible = (labels >= 0) & (labels < num_classes) & (costs >= 0.0)
+        costs = jnp.where(possible, costs, jnp.nan)
+    return features, labels.astype(jnp.int32), costs
 
 
 def _check_costs(name: str, values: Any, n: int, *, scalar: bool) -> None:

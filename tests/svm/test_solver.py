@@ -174,6 +174,23 @@ def test_not_finite_features(rng):
     assert not bool(solution.info.converged)
 
 
+def test_bad_values_inside_a_trace_are_no_answer(rng):
+    features, labels = make(rng)
+    good = np.full(60, 1e-3, np.float32)
+
+    @jax.jit
+    def converged(labels, cost):
+        return svm.solve(features, labels, num_classes=4, cost=cost).info.converged
+
+    one = np.arange(60) == 7
+    assert bool(converged(labels, good))
+    assert not bool(converged(labels, np.where(one, -good, good)))
+    assert not bool(converged(labels, np.where(one, np.nan, good).astype(np.float32)))
+    assert not bool(converged(labels, np.where(one, np.inf, good).astype(np.float32)))
+    assert not bool(converged(np.where(one, 4, labels), good))
+    assert not bool(converged(np.where(one, -1, labels), good))
+
+
 def test_by_hand(rng):
     features, labels = make(rng)
     given = {"num_classes": 4, "cost": 1e-2}
