@@ -47,6 +47,12 @@ def reference_scores(model, query, targets, include_intercept=True):
 
 
 class TestCompress:
+    def test_takes_plain_lists(self, rng):
+        features, labels, solution = make_problem(rng)
+        plain = attribution.compress(features.tolist(), labels.tolist(), solution)
+        model = attribution.compress(features, labels, solution)
+        jax.tree.map(np.testing.assert_array_equal, plain, model)
+
     def test_keeps_support_rows_in_order(self, rng):
         features, labels, solution = make_problem(rng, scaling=0.5)
         model = attribution.compress(features, labels, solution)

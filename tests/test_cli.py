@@ -37,6 +37,14 @@ def test_an_output_that_is_a_file_is_refused(capsys, tmp_path):
     assert "must be a folder" in capsys.readouterr().err
 
 
+def test_an_output_that_cannot_be_made_is_refused_before_any_work(capsys, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(cli.pipeline.stages, "read", lambda config: pytest.fail("read the images"))
+    assert cli.main(["demo", "--out", str(tmp_path / "file" / "report")]) == 1
+    complaint = capsys.readouterr().err
+    assert complaint.count("\n") == 1 and "Not a directory" in complaint
+
+
 def test_a_truncated_file_is_refused(capsys, tmp_path):
     (tmp_path / "data_batch_1.bin").write_bytes(bytes(100))
     assert cli.main(["demo", "--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 1

@@ -81,6 +81,7 @@ def test_bad_input_is_named(rng):
         ([(x, y[1:])], 4, "labels"),
         ([x], 4, "batches"),
         ([(x, y)], 0, "batch_size"),
+        ([(x, y)], 2.5, "batch_size: got 2.5, must be an integer"),
         ([(bad, y)], 4, "NaN or Inf in 2 of 9 rows .first: 2, 7"),
     ]
     for batches, size, message in cases:

@@ -112,6 +112,14 @@ def test_a_damaged_stage_is_recomputed(config, first):
     assert said["train-network"] == "reused"
 
 
+def test_fewer_training_images_than_places_are_enough(tmp_path):
+    alone = pipeline.DemoConfig(out=tmp_path, limit=1)
+    assert notes(alone)["evaluate-surrogate"] == "computed"
+    values = json.loads((tmp_path / "summary.json").read_text())["values"]
+    assert values["class_detection"] in (0.0, 1.0)
+    assert "of the 1 top samples" in (tmp_path / "index.html").read_text()
+
+
 def test_queries_are_spread_over_the_classes():
     labels = np.repeat(np.arange(4), 25)
     predicted = labels.copy()

@@ -13,6 +13,7 @@ import numpy as np
 from dualxda_jax import data, report
 from dualxda_jax._version import __version__
 from dualxda_jax.pipeline.config import DemoConfig
+from dualxda_jax.pipeline.stages import DETECTION_PLACES
 from dualxda_jax.types import DualSolution, PairRelevance
 
 
@@ -97,7 +98,11 @@ def facts(
             f"{v['weight_cosine']:.3f}",
             "surrogate against network's last layer, mean of classes",
         ),
-        ("Class detection", f"{v['class_detection']:.2%}", f"of the 5 top samples carry the predicted class, {over}"),
+        (
+            "Class detection",
+            f"{v['class_detection']:.2%}",
+            f"of the {min(DETECTION_PLACES, n)} top samples carry the predicted class, {over}",
+        ),
         ("Support vectors", f"{v['support']:.2%}", f"of the {n:,} training samples have any say; C = {config.cost:g}"),
         ("Non-zero coefficients", f"{v['nonzero']:.2%}", "of all (training sample, class) pairs"),
         ("Duality gap", f"{float(info.gap):.1e}", f"relative, in float64; {certified}"),

@@ -152,7 +152,7 @@ def evaluate(
         "agreement": np.mean(surrogate.argmax(1) == predicted),
         **{field.name: getattr(faithful, field.name) for field in dataclasses.fields(faithful)},
         "class_detection": np.mean(detection),
-        "completeness": completeness / np.abs(surrogate).max(),
+        "completeness": completeness / (np.abs(surrogate).max() or 1.0),
         "support": np.mean(nonzero.any(1)),
         "nonzero": np.mean(nonzero),
     }
