@@ -22,7 +22,7 @@ from jax import lax
 
 from dualxda_jax.svm import simplex
 from dualxda_jax.svm.config import SolverConfig
-from dualxda_jax.svm.problem import Array, Chunk, Problem, columns, gather, outer, over_rows, scores
+from dualxda_jax.svm.problem import Array, Chunk, Problem, columns, gather, outer, over_rows, places, scores
 
 MAX_PENALTY = 1e8
 FORCING = 0.1
@@ -141,7 +141,7 @@ def direction(problem: Problem, q: Array, penalty: Array, gradient: Array, forci
     k, n = q.shape
     size = min(problem.chunk, n)
     free = (jnp.sum(q > 0.0, axis=0, dtype=jnp.int32) > 1) & (problem.cost > 0.0)
-    order = jnp.nonzero(free, size=n, fill_value=0)[0].astype(jnp.int32)
+    order = places(free, n, 0)
     total = jnp.sum(free, dtype=jnp.int32)
     order = jnp.pad(order, (0, size))
 

@@ -201,3 +201,11 @@ def from_coefficients(coefficients: Array, labels: Array, cost: Array) -> Array:
     others = jnp.where(at_label, 0.0, jnp.maximum(-alpha, 0.0)) / jnp.where(cost > 0.0, cost, 1.0)[None, :]
     others = jnp.where((cost > 0.0)[None, :], others / jnp.maximum(jnp.sum(others, axis=0, keepdims=True), 1.0), 0.0)
     return jnp.where(at_label, jnp.maximum(1.0 - jnp.sum(others, axis=0, keepdims=True), 0.0), others)
+
+
+def places(chosen: Array, size: int, fill: int) -> Array:
+    """[size] int32 places of the true entries of [n] in order, filled up; `jnp.nonzero` wants int64 where x64 is on."""
+    n = chosen.shape[0]
+    rank = jnp.cumsum(chosen.astype(jnp.int32), dtype=jnp.int32) - 1
+    target = jnp.where(chosen, rank, size)
+    return jnp.full(size, fill, jnp.int32).at[target].set(jnp.arange(n, dtype=jnp.int32), mode="drop")

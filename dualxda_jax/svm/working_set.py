@@ -20,7 +20,7 @@ from jax import lax
 
 from dualxda_jax.svm.config import SolverConfig
 from dualxda_jax.svm.newton import NEVER, SolverState, advance, lead_of, start
-from dualxda_jax.svm.problem import Array, Chunk, Problem, columns, over_rows, relative, scores, weights_of
+from dualxda_jax.svm.problem import Array, Chunk, Problem, columns, over_rows, places, relative, scores, weights_of
 
 # Leads that count as safe, widest first: the widest whose undecided samples fit is taken.
 LEADS = (1.0, 0.5, 0.25, 0.1)
@@ -78,7 +78,7 @@ def solve_block(problem: Problem, state: SolverState, target: Array, config: Sol
     width = jnp.asarray(LEADS, now.dtype)[jnp.maximum(jnp.sum(counts > size, dtype=jnp.int32), narrow)]
     chosen = state.at.lead < width
     count = jnp.sum(chosen, dtype=jnp.int32)
-    index = jnp.nonzero(chosen, size=size, fill_value=n)[0].astype(jnp.int32)
+    index = places(chosen, size, n)
     rows = jnp.minimum(index, n - 1)
     mine = state.at.simplex[:, rows]
     alone = Problem(
