@@ -1,0 +1,125 @@
+"""What every attribution method is: four fields, all of them pure.
+
+Letters as in `types`; t is the number of checkpoints.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dualxda_jax import _check
+from dualxda_jax.types import Array, FeatureFn, Params
+
+Logits = Callable[[Params, Array], Array]
+"""(params, x[b, ...]) -> logits [b, k], deterministic: BatchNorm in eval mode, no dropout."""
+
+Loss = Callable[[Array, Array], Array]
+"""(logits [k], label) -> scalar: the loss of one sample."""
+
+
+def cross_entropy(logits: Array, label: Array) -> Array:
+    """Negative log-softmax at the label, for logits [k] and an integer label."""
+    return -jax.nn.log_softmax(logits)[label]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a method may learn from: a trained network and its training set. Make one with `context`.
+
+    Attributes:
+        inputs: [n, ...] training inputs as the network takes them.
+        labels: [n] int32 in 0..k-1.
+        checkpoints: t parameter pytrees in the order of training; the last is the network that is explained.
+        learning_rates: [t] the learning rate at each checkpoint.
+        logits: static, the network.
+        features: static, its penultimate features, or None for methods that need none.
+        head: static, path of the final linear layer in the parameters, as "head" or "decoder/head", or None.
+        loss: static, the training loss of one sample.
+        num_classes: static, k.
+    """
+
+    inputs: Array
+    labels: Array
+    checkpoints: tuple[Params, ...]
+    learning_rates: Array
+    logits: Logits = dataclasses.field(metadata={"static": True})
+    features: FeatureFn | None = dataclasses.field(metadata={"static": True})
+    head: str | None = dataclasses.field(metadata={"static": True})
+    loss: Loss = dataclasses.field(metadata={"static": True})
+    num_classes: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def params(self) -> Params:
+        """Parameters of the network that is explained."""
+        return self.checkpoints[-1]
+
+
+def context(
+    logits: Logits,
+    params: Params,
+    inputs: Any,
+    labels: Any,
+    *,
+    num_classes: int,
+    features: FeatureFn | None = None,
+    head: str | None = None,
+    loss: Loss = cross_entropy,
+    checkpoints: tuple[Params, ...] | None = None,
+    learning_rates: Any = None,
+) -> Context:
+    """Check and gather what methods learn from.
+
+    Args:
+        logits: (params, x[b, ...]) -> [b, k].
+        params: the trained parameters, explained by every method.
+        inputs: [n, ...] training inputs, floating point or integer tokens.
+        labels: [n] integers in 0..k-1.
+        num_classes: k.
+        features: (params, x[b, ...]) -> [b, d], the input of the final linear layer.
+        head: path of that layer, as `models.from_linen` gives it.
+        loss: (logits [k], label) -> scalar.
+        checkpoints: earlier parameters in the order of training, for methods that use several; `params` comes
+            after them, unless it is the last one itself.
+        learning_rates: [t] one for each checkpoint, `params` included; by default 1.
+
+    Raises:
+        ValueError: shapes that do not fit, labels outside 0..k-1, no samples.
+    """
+    if len(np.shape(inputs)) < 2 or np.shape(inputs)[0] == 0:
+        _check.fail("inputs", f"shape {np.shape(inputs)}", "[n, ...] with n of 1 or more")
+    _check.shape("labels", labels, (np.shape(inputs)[0],))
+    _check.integers("labels", labels)
+    if num_classes < 2:
+        _check.fail("num_classes", num_classes, "2 or more")
+    _check.class_range("labels", labels, num_classes)
+    every = tuple(checkpoints or ())
+    if not every or every[-1] is not params:
+        every = (*every, params)
+    rates = jnp.ones(len(every), jnp.float32) if learning_rates is None else jnp.asarray(learning_rates, jnp.float32)
+    _check.shape("learning_rates", rates, (len(every),))
+    labels = jnp.asarray(labels).astype(jnp.int32)
+    return Context(jnp.asarray(inputs), labels, every, rates, logits, features, head, loss, num_classes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """An attribution method; what `baselines.<name>(...)` returns.
+
+    In all of them a higher score means that the sample speaks for the target.
+
+    Attributes:
+        name: short, unique among the methods, as "trak".
+        fit: (key, context) -> a pytree, all that scores need.
+        scores: (fitted, x[q, ...], targets[q]) -> [q, n].
+        self_influence: (fitted) -> [n]; higher is more suspicious.
+    """
+
+    name: str
+    fit: Callable[[Array, Context], Any]
+    scores: Callable[[Any, Array, Array], Array]
+    self_influence: Callable[[Any], Array]
