@@ -6,15 +6,10 @@
 """
 
 from dualxda_jax.svm.config import NotConvergedWarning, SolverConfig
-from dualxda_jax.svm.newton import SolverState
 from dualxda_jax.svm.objectives import objectives
 from dualxda_jax.svm.path import solve_path
-from dualxda_jax.svm.solver import (
-    finish,
-    init,
-    solve,
-    step,
-)
+from dualxda_jax.svm.solver import finish, init, solve, step
+from dualxda_jax.svm.working_set import SolverState
 
 __all__ = [
     "NotConvergedWarning",

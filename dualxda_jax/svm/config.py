@@ -22,7 +22,8 @@ class SolverConfig:
         penalty: first penalty of the augmented Lagrangian, relative to the cost.
         growth: its growth each time that the anchor moves.
         accuracy: the part of the gap that the inner problem may leave before the anchor moves.
-        max_newton: Newton steps before the anchor moves anyhow.
+        max_newton: Newton steps of a block, and before an inner problem counts as too hard.
+        block: samples to solve for at once; the others are held fixed meanwhile.
     """
 
     tolerance: float = 1e-4
@@ -33,15 +34,16 @@ class SolverConfig:
     growth: float = 3.0
     accuracy: float = 0.1
     max_newton: int = 50
+    block: int = 4096
 
     def __post_init__(self) -> None:
         positive = {"tolerance": self.tolerance, "penalty": self.penalty, "accuracy": self.accuracy}
         for name, value in positive.items():
             if not (math.isfinite(value) and value > 0):
                 _check.fail(f"config.{name}", value, "positive and finite")
-        for name, count in {"max_epochs": self.max_epochs, "chunk": self.chunk, "max_newton": self.max_newton}.items():
-            if count < 1:
-                _check.fail(f"config.{name}", count, "1 or more")
+        for name in ("max_epochs", "chunk", "max_newton", "block"):
+            if getattr(self, name) < 1:
+                _check.fail(f"config.{name}", getattr(self, name), "1 or more")
         if not (math.isfinite(self.growth) and self.growth > 1):
             _check.fail("config.growth", self.growth, "finite and above 1")
         if not (math.isfinite(self.intercept_scaling) and self.intercept_scaling >= 0):

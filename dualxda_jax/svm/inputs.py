@@ -1,6 +1,6 @@
 """What the solver accepts: checks before anything is traced, and one form for all that passes."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,12 +82,23 @@ def _check_finite(features: Any) -> None:
         _check.fail("features", f"NaN or Inf in {bad.size} of {rows.size} rows, first in rows {first}", "finite")
 
 
-def start_coefficients(start: DualSolution | None, features: Array, num_classes: int) -> Array:
-    """[n, k] dual variables to start from: zeros where there is no solution, or for rows that it does not know."""
-    n, dtype = features.shape[0], result_dtype(features)
+class Start(NamedTuple):
+    """Where to start from: dual variables [n, k], and weights [k, D] with the constant feature's column last."""
+
+    coefficients: Array
+    weights: Array
+
+
+def start_of(start: DualSolution | None, features: Array, num_classes: int, scaling: float) -> Start | None:
+    """What a solution gives to start from; rows that it does not know have no say yet."""
     if start is None:
-        return jnp.zeros((n, num_classes), dtype)
+        return None
+    (n, d), dtype = features.shape, result_dtype(features)
     coefficients = start.coefficients
     if coefficients.ndim != 2 or coefficients.shape[0] > n or coefficients.shape[1] != num_classes:
         _check.fail("init.coefficients", f"shape {coefficients.shape}", f"at most {n} rows of {num_classes}")
-    return jnp.pad(coefficients.astype(dtype), ((0, n - coefficients.shape[0]), (0, 0)))
+    _check.shape("init.weights", start.weights, (num_classes, d))
+    weights = start.weights.astype(dtype)
+    if scaling != 0.0:
+        weights = jnp.concatenate([weights, start.intercept.astype(dtype)[:, None] / scaling], axis=1)
+    return Start(jnp.pad(coefficients.astype(dtype), ((0, n - coefficients.shape[0]), (0, 0))), weights)

@@ -60,14 +60,17 @@ def solve_path(
 def _traced_path(features: Array, labels: Array, costs: Array, num_classes: int, config: SolverConfig) -> DualSolution:
     order = jnp.argsort(costs)
 
-    def one(coefficients: Array, cost: Array) -> tuple[Array, DualSolution]:
-        info: Any = None
-        warm = DualSolution(coefficients, coefficients, coefficients, config.intercept_scaling, info)
+    def one(before: Any, cost: Array) -> tuple[Any, DualSolution]:
+        alpha, weights, intercept = before
+        none: Any = None
+        warm = DualSolution(alpha, weights, intercept, config.intercept_scaling, none)
         solution = solver.solve(features, labels, num_classes=num_classes, cost=cost, config=config, init=warm)
-        return lax.stop_gradient(solution.coefficients), solution
+        parts = solution.coefficients, solution.weights, solution.intercept
+        return lax.stop_gradient(parts), solution
 
     dtype = jnp.float64 if features.dtype == jnp.float64 else jnp.float32
-    first = jnp.zeros((features.shape[0], num_classes), dtype)
+    (n, d), k = features.shape, num_classes
+    first = jnp.zeros((n, k), dtype), jnp.zeros((k, d), dtype), jnp.zeros(k, dtype)
     solutions = lax.scan(one, first, costs[order])[1]
     back = jnp.argsort(order)
     return jax.tree.map(lambda a: a[back], solutions)

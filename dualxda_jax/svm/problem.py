@@ -9,7 +9,7 @@ whose terms are all non-negative: the gap is summed without cancellation, which 
 suffers from as soon as they agree in most of their digits.
 
 Layout: everything per sample and class is class-major, [k, n], so that reductions over few classes run over long rows.
-Weights carry the constant feature b (`intercept_scaling`) as one more column: [k, d + 1].
+Weights are [k, D]: with a constant feature b (`intercept_scaling`) D = d + 1, its column last, and D = d without.
 
 Source: Crammer & Singer, JMLR 2001, for the problem; (1) by summing its optimality conditions.
 """
@@ -39,7 +39,7 @@ class Problem:
         labels: [n] int32.
         cost: [n] in the working dtype, cost times sample weight.
         rows: scalar int32, the leading rows that count.
-        offset: [k, d + 1] what the samples held fixed add to W(α).
+        offset: [k, D] what the samples held fixed add to W(α).
         margin: scalar, the margin asked for; 1 but where rounding needs slack.
         intercept_scaling: static, b.
         chunk: static, rows that a pass holds at once.
@@ -63,7 +63,7 @@ def problem_of(features: Array, labels: Array, costs: Array, num_classes: int, c
         labels,
         costs.astype(jnp.float64),
         jnp.asarray(n, jnp.int32),
-        jnp.zeros((num_classes, d + 1), jnp.float64),
+        jnp.zeros((num_classes, d + (config.intercept_scaling != 0.0)), jnp.float64),
         jnp.ones((), jnp.float64),
         config.intercept_scaling,
         config.chunk,
@@ -85,27 +85,23 @@ def contract(left: Array, right: Array, left_axis: int, right_axis: int) -> Arra
 
 
 def scores(chunk: Chunk, weights: Array, scaling: float) -> Array:
-    """[k, b] scores of a chunk for weights [k, d + 1]."""
-    products = contract(weights[:, :-1], chunk.features, 1, 1)
-    return products if scaling == 0.0 else products + (scaling * weights[:, -1])[:, None]
+    """[k, b] scores of a chunk for weights [k, D]."""
+    if scaling == 0.0:
+        return contract(weights, chunk.features, 1, 1)
+    return contract(weights[:, :-1], chunk.features, 1, 1) + (scaling * weights[:, -1])[:, None]
 
 
 def outer(coefficients: Array, chunk: Chunk, scaling: float) -> Array:
-    """[k, d + 1] = Σ coefficients_i ⊗ (features_i, b) for coefficients [k, b]."""
+    """[k, D] = Σ coefficients_i ⊗ (features_i, b) for coefficients [k, b]."""
     main = contract(coefficients, chunk.features, 1, 0)
+    if scaling == 0.0:
+        return main
     return jnp.concatenate([main, scaling * jnp.sum(coefficients, axis=1)[:, None]], axis=1)
 
 
 def one_hot_of(labels: Array, k: int, dtype: Any) -> Array:
     """[k, b] one-hot labels."""
     return (labels[None, :] == jnp.arange(k, dtype=jnp.int32)[:, None]).astype(dtype)
-
-
-def gather(problem: Problem, index: Array, valid: Array, k: int) -> Chunk:
-    """Rows [b] of a problem; those that are not valid [b] get no cost."""
-    dtype = problem.cost.dtype
-    cost = jnp.where(valid, problem.cost[index], 0.0)
-    return Chunk(problem.features[index].astype(dtype), cost, one_hot_of(problem.labels[index], k, dtype))
 
 
 def over_rows(problem: Problem, k: int, body: Callable[[Chunk, Array, Any], Any], carry: Any) -> Any:
@@ -149,11 +145,11 @@ def largest_curvature(problem: Problem) -> Array:
 
 
 def weights_of(problem: Problem, simplex: Array) -> Array:
-    """[k, d + 1] = W(α) for α = C (e_y − q), q = simplex [k, n]."""
+    """[k, D] = W(α) for α = C (e_y − q), q = simplex [k, n]."""
 
     def add(chunk: Chunk, start: Array, total: Array) -> Array:
-        q = columns(simplex, start, chunk)
-        return total + outer(chunk.cost[None, :] * (chunk.one_hot - q), chunk, problem.intercept_scaling)
+        alpha = alpha_of(columns(simplex, start, chunk), chunk.one_hot, chunk.cost)
+        return total + outer(alpha, chunk, problem.intercept_scaling)
 
     return over_rows(problem, simplex.shape[0], add, problem.offset)
 
@@ -163,7 +159,7 @@ def primal_and_gap(problem: Problem, weights: Array, simplex: Array) -> tuple[Ar
 
     Args:
         problem: the data.
-        weights: [k, d + 1].
+        weights: [k, D].
         simplex: [k, n].
     """
 
@@ -179,6 +175,12 @@ def primal_and_gap(problem: Problem, weights: Array, simplex: Array) -> tuple[Ar
     zero = jnp.zeros((), simplex.dtype)
     loss, gap = over_rows(problem, simplex.shape[0], add, (zero, zero))
     return 0.5 * jnp.sum(weights * weights) + loss, gap
+
+
+def alpha_of(q: Array, one_hot: Array, cost: Array) -> Array:
+    """[k, b] α of q [k, b]; as in `to_coefficients`, what is at the label is what the others leave."""
+    others = (1.0 - one_hot) * q
+    return cost[None, :] * (one_hot * jnp.sum(others, axis=0, keepdims=True) - others)
 
 
 def relative(gap: Array, primal: Array) -> Array:

@@ -1,139 +1,274 @@
-"""Working sets: solve for the samples that are still undecided, the others held where they are.
+"""Working sets: solve for the samples that are least decided, the others held where they are.
 
-A sample is decided if its q_i is a vertex of the simplex and that class leads all others in z_i by some way. Near the
-optimum nearly all are. Held fixed they add a constant to W(α), and what is left is the same problem over few rows:
-block coordinate ascent on the dual, which cannot lose ground. A pass over all samples afterwards finds those that
-changed their mind and gives the exact gap.
+A sample whose q_i is a vertex of the simplex stays there unless W moves its scores by more than the lead of that class
+in z_i; a move of W by Δ changes scores by at most ‖Δ‖‖φ_i‖ each. So the samples with the smallest lead / ‖φ_i‖ are the
+ones to solve for next: near the optimum a few hundred of 60,000 are free. Held fixed, the others add a constant to
+W(α), and what is left is the same problem over few rows: block coordinate ascent on the dual, which cannot lose ground.
+A survey of all samples afterwards finds those that changed their mind, and the gap.
 
-What lost, on 60,000 × 100 × 10 features of a CNN at C = 1e-3, to a gap of 1e-5 or less: passes over all samples alone
-took 98 epochs to a gap of 6e-5, this takes 14 to 2e-6. Surveying at W(α) in place of W left the gap between 8e-3 and
-1e-1, since slack grows with the distance of the two, times the cost. A start from a sixteenth of the samples saved 8
-epochs of 14, but its own 39 steps cost as much time.
+The first W comes from a sample of the rows, at a cost scaled up to weigh as much as all of them.
 
-Source: the idea is LIBLINEAR's shrinking (Keerthi et al., KDD 2008) with a Newton method inside.
+What lost, on 60,000 × 100 × 10 features of a CNN and 50,000 × 512 × 10 synthetic ones: Newton steps over all samples
+until few are undecided took 98 and 11 passes with thousands of free rows in each, five to ten times the time of
+starting from a sample; blocks of all samples below a fixed lead, in place of those that lead least for their norm, took
+twice as many rounds. Surveying at W(α) in place of W left the gap between 8e-3 and 1e-1, since slack grows with the
+distance of the two, times the cost.
+
+Source: the idea is LIBLINEAR's shrinking (Keerthi et al., KDD 2008) with a Newton method inside; the bound on scores is
+that of gap-safe screening (Ndiaye et al., JMLR 2017).
 """
 
 import dataclasses
+import math
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from dualxda_jax.svm import newton
 from dualxda_jax.svm.config import SolverConfig
-from dualxda_jax.svm.newton import NEVER, SolverState, advance, lead_of, start
-from dualxda_jax.svm.problem import Array, Chunk, Problem, columns, over_rows, places, relative, scores, weights_of
+from dualxda_jax.svm.problem import (
+    Array,
+    Chunk,
+    Problem,
+    alpha_of,
+    columns,
+    contract,
+    largest_curvature,
+    one_hot_of,
+    outer,
+    over_rows,
+    relative,
+    scores,
+)
 
-# Leads that count as safe, widest first: the widest whose undecided samples fit is taken.
-LEADS = (1.0, 0.5, 0.25, 0.1)
-# Below each of these relative gaps, W has so little way to go that the next narrower lead is safe.
-GAPS = (2e-2, 1e-3)
-# Up to so many samples a working set is not worth its compilation.
-SMALL = 4096
-BLOCK_STEPS = 60
-BLOCK_CHUNK = 512
-REDUCTION = 0.05
-# Half the squared distance of W from W(α) that a block leaves, relative to the gap it is after: the slack at W(α)
-# grows with the distance itself, times the cost of all free samples.
-CLOSENESS = 1e-5
+# A block leaves this part of the gap that it finds; where that is almost enough, it goes all the way.
+REDUCTION, ALMOST = 0.1, 4.0
+# How far the first sample is solved; its W is far from that of all rows in any case.
+SAMPLE_GAP = 0.3
+# Penalties that a round starts from, by the relative gap: what the round before ended with is too stiff for new rows.
+MAX_START, START_BY_GAP = 1e3, 0.5
+# Costs times squared norms above this start from a softer penalty.
+STIFF = 1e3
+# Part of the gap that ½‖W − W(α)‖² may be after a block.
+CLOSENESS = 0.05
+GOLDEN = 0.5 * (math.sqrt(5.0) - 1.0)
 
 
-def capacity(n: int) -> int:
-    """Most samples of a working set."""
-    return min(n, max(2048, -(-n // 8)))
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SolverState:
+    """Where a solve stands.
+
+    Attributes:
+        weights: [k, D] the primal point W, with the constant feature's column last where there is one.
+        simplex: [k, n] q, the dual variables as points of the simplex: α_i = C_i (e_{y_i} − q_i).
+        made: [k, D] W(α).
+        penalty: scalar, of the augmented Lagrangian.
+        first_penalty: scalar, the one that the solve began with.
+        primal: scalar, primal objective at W.
+        slack: scalar, the duality gap of (W, α) less ½‖W − W(α)‖².
+        lead: [n] by how much the only class of q_i leads all others in z_i; −inf where q_i has several.
+        norms: [n] ‖(φ_i, b)‖.
+        visits: scalar, samples looked at so far.
+    """
+
+    weights: Array
+    simplex: Array
+    made: Array
+    penalty: Array
+    first_penalty: Array
+    primal: Array
+    slack: Array
+    lead: Array
+    norms: Array
+    visits: Array
+
+    @property
+    def distance(self) -> Array:
+        """½‖W − W(α)‖²."""
+        return 0.5 * jnp.sum((self.weights - self.made) ** 2)
+
+    @property
+    def gap(self) -> Array:
+        """The absolute duality gap of (W, α)."""
+        return self.slack + self.distance
+
+    @property
+    def undecided(self) -> Array:
+        """How many samples are on several classes, or on one that does not lead."""
+        return jnp.sum(self.lead < 0.0, dtype=jnp.int32)
+
+    @property
+    def epochs(self) -> Array:
+        """Samples looked at, in passes over all of them."""
+        return jnp.ceil(self.visits / self.norms.shape[0]).astype(jnp.int32)
 
 
-def survey(problem: Problem, weights: Array, q: Array) -> tuple[Array, Array, Array]:
-    """One pass: the primal objective at W, the slack and the lead of q."""
+def norms_of(problem: Problem) -> Array:
+    """[n] ‖(φ_i, b)‖ in float32."""
 
-    def add(chunk: Chunk, start: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        lead, sums = carry
-        mine = columns(q, start, chunk)
-        plain = scores(chunk, weights, problem.intercept_scaling)
-        z = plain + problem.margin * (1.0 - chunk.one_hot)
+    def add(chunk: Chunk, start: Array, norms: Array) -> Array:
+        square = jnp.sum(chunk.features * chunk.features, axis=1) + problem.intercept_scaling**2
+        return lax.dynamic_update_slice_in_dim(norms, jnp.sqrt(square).astype(norms.dtype), start, 0)
+
+    n = problem.features.shape[0]
+    return over_rows(problem, problem.offset.shape[0], add, jnp.zeros(n, jnp.float32))
+
+
+def survey(problem: Problem, weights: Array, q: Array, *, assign: bool) -> dict[str, Array]:
+    """One pass over all samples at W: the fields of `SolverState` that it gives.
+
+    Args:
+        problem: the data; its `cost` has the precision that the pass runs in.
+        weights: [k, D].
+        q: [k, n].
+        assign: put every sample on the class that leads first, whatever q says.
+    """
+    low = problem.cost.dtype
+    weights_low = weights.astype(low)
+
+    def add(chunk: Chunk, start: Array, carry: Any) -> Any:
+        q, lead, made, sums = carry
+        plain = scores(chunk, weights_low, problem.intercept_scaling)
+        z = plain + problem.margin.astype(low) * (1.0 - chunk.one_hot)
         highest = jnp.max(z, axis=0)
+        if assign:
+            k = z.shape[0]
+            classes = jnp.arange(k, dtype=jnp.int32)[:, None]
+            first = jnp.min(jnp.where(z == highest[None, :], classes, k), axis=0)
+            mine = one_hot_of(first, k, low)
+            q = lax.dynamic_update_slice_in_dim(q, mine.astype(q.dtype), start, 1)
+        else:
+            mine = columns(q, start, chunk).astype(low)
         hinge = highest - jnp.sum(plain * chunk.one_hot, axis=0)
         slack = jnp.sum(mine * (highest[None, :] - z), axis=0)
-        ahead = lead_of(mine, z, lax.dynamic_slice_in_dim(problem.cost, start, chunk.cost.shape[0]))
-        sums = sums + jnp.stack([jnp.sum(chunk.cost * hinge), jnp.sum(chunk.cost * slack)])
-        return lax.dynamic_update_slice_in_dim(lead, ahead, start, 0), sums
+        alpha = alpha_of(mine, chunk.one_hot, chunk.cost)
+        made = made + outer(alpha, chunk, problem.intercept_scaling).astype(made.dtype)
+        ahead = _lead(mine, z).astype(lead.dtype)
+        sums = sums + jnp.stack([jnp.sum(chunk.cost * hinge), jnp.sum(chunk.cost * slack)]).astype(sums.dtype)
+        return q, lax.dynamic_update_slice_in_dim(lead, ahead, start, 0), made, sums
 
-    first = (jnp.full_like(problem.cost, jnp.inf), jnp.zeros(2, q.dtype))
-    lead, sums = over_rows(problem, q.shape[0], add, first)
-    return 0.5 * jnp.sum(weights * weights) + sums[0], sums[1], lead
+    n = q.shape[1]
+    first = (q, jnp.zeros(n, jnp.float32), problem.offset, jnp.zeros(2, weights.dtype))
+    q, lead, made, sums = over_rows(problem, q.shape[0], add, first)
+    primal = 0.5 * jnp.sum(weights * weights) + sums[0]
+    return {"simplex": q, "lead": lead, "made": made, "primal": primal, "slack": sums[1]}
 
 
-def solve_block(problem: Problem, state: SolverState, target: Array, config: SolverConfig) -> SolverState:
-    """Solve for the undecided samples and look at all of them again.
+def _lead(q: Array, z: Array) -> Array:
+    inside = q > 0.0
+    single = jnp.sum(inside.astype(jnp.int32), axis=0, dtype=jnp.int32) == 1
+    ahead = jnp.min(jnp.where(inside, z, jnp.inf), axis=0) - jnp.max(jnp.where(inside, -jnp.inf, z), axis=0)
+    return jnp.where(single, ahead, -jnp.inf)
+
+
+def gather(problem: Problem, index: Array, valid: Array, offset: Array) -> newton.Rows:
+    """Rows [b] of a problem as a dense block; those that are not valid [b] get no cost."""
+    dtype = problem.offset.dtype
+    features = problem.features[index].astype(dtype)
+    if problem.intercept_scaling != 0.0:
+        features = jnp.concatenate([features, jnp.full_like(features[:, :1], problem.intercept_scaling)], axis=1)
+    one_hot = one_hot_of(problem.labels[index], problem.offset.shape[0], dtype)
+    cost = jnp.where(valid, problem.cost[index].astype(dtype), 0.0)
+    # float64 features come with problems that need it: tight tolerances, large costs.
+    low = features if problem.features.dtype == jnp.float64 else features.astype(jnp.float32)
+    norms = jnp.sqrt(jnp.sum(features * features, axis=1))
+    return newton.Rows(features, one_hot, cost, offset, problem.margin, low, norms)
+
+
+def sample_places(n: int, size: int) -> np.ndarray:
+    """[<= size] ascending places, spread over 0..n-1 as multiples of the golden ratio are: no period deceives them."""
+    return np.unique((np.arange(size) * GOLDEN % 1.0 * n).astype(np.int32))
+
+
+def first_penalty(problem: Problem, config: SolverConfig) -> Array:
+    """At a large cost the first inner problem would be as hard as the last: begin with a softer one."""
+    curvature = largest_curvature(problem).astype(problem.offset.dtype)
+    return config.penalty * jnp.minimum(1.0, STIFF / jnp.maximum(curvature, 1e-30))
+
+
+def weights_from_sample(problem: Problem, size: int, config: SolverConfig) -> tuple[Array, Array, Array]:
+    """W, penalty and visits from solving for some rows only, whose costs are scaled to weigh as much as all."""
+    n = problem.features.shape[0]
+    places = jnp.asarray(sample_places(n, size))
+    rows = gather(problem, places, places >= 0, problem.offset)
+    total = jnp.sum(problem.cost, dtype=problem.cost.dtype).astype(rows.cost.dtype)
+    rows = rows._replace(cost=rows.cost * (total / jnp.maximum(jnp.sum(rows.cost), 1e-30)))
+    zero = jnp.zeros((), rows.cost.dtype)
+    goal = newton.Goal(zero, zero + SAMPLE_GAP, zero + 1.0, zero > 0.0, jnp.asarray(config.max_newton, jnp.int32))
+    penalty = first_penalty(problem, config)
+    inner = newton.solve_rows(rows, jnp.zeros_like(problem.offset), rows.one_hot, penalty, goal, config)
+    # A sample that made nothing of itself (no cost in it, NaN) leaves the start at zero.
+    good = jnp.isfinite(inner.primal)
+    weights = jnp.where(good, inner.weights, 0.0)
+    return weights, jnp.where(good, inner.penalty, penalty), inner.steps.astype(inner.primal.dtype) * float(len(places))
+
+
+def begin(
+    problem: Problem, q: Array, weights: Array, penalty: Array, visits: Array, config: SolverConfig, *, assign: bool
+) -> SolverState:
+    """The state after a first survey."""
+    seen = survey(problem, weights, q, assign=assign)
+    n = q.shape[1]
+    return SolverState(
+        weights=weights,
+        penalty=penalty,
+        first_penalty=first_penalty(problem, config),
+        norms=norms_of(problem),
+        visits=visits + float(n),
+        **seen,
+    )
+
+
+def solve_block(problem: Problem, state: SolverState, target: Array, size: int, config: SolverConfig) -> SolverState:
+    """Solve for the `size` samples that are least decided.
 
     Args:
         problem: all samples.
-        state: one that `fits`.
+        state: where the solve stands.
         target: scalar, the relative gap that the solve is after.
+        size: static, rows to solve for.
         config: static options.
+
+    Returns:
+        The state with new weights, q and penalty; what a survey tells is still that of before.
     """
-    n = state.at.lead.shape[0]
-    size = capacity(n)
-    counts = jnp.stack([jnp.sum(state.at.lead < lead, dtype=jnp.int32) for lead in LEADS])
-    now = relative(state.gap, state.at.primal)
-    narrow = jnp.sum(now < jnp.asarray(GAPS, now.dtype), dtype=jnp.int32)
-    width = jnp.asarray(LEADS, now.dtype)[jnp.maximum(jnp.sum(counts > size, dtype=jnp.int32), narrow)]
-    chosen = state.at.lead < width
-    count = jnp.sum(chosen, dtype=jnp.int32)
-    index = places(chosen, size, n)
-    rows = jnp.minimum(index, n - 1)
-    mine = state.at.simplex[:, rows]
-    alone = Problem(
-        problem.features[rows].astype(problem.cost.dtype),
-        problem.labels[rows],
-        jnp.where(index < n, problem.cost[rows], 0.0),
-        count,
-        jnp.zeros_like(problem.offset),
-        problem.margin,
-        problem.intercept_scaling,
-        min(problem.chunk, BLOCK_CHUNK),
-    )
-    block = dataclasses.replace(alone, offset=state.at.made - weights_of(alone, mine))
-    enough = 0.5 * target * state.at.primal
-    goal = jnp.maximum(REDUCTION * state.gap, enough)
-    inner = start(block, state.weights, mine, state.penalty)
-    inner = dataclasses.replace(inner, at=dataclasses.replace(inner.at, primal=state.at.primal))
-
-    def unfinished(carry: tuple[SolverState, Array]) -> Array:
-        now, steps = carry
-        return ((now.gap > goal) | (now.distance > CLOSENESS * goal)) & (steps < BLOCK_STEPS)
-
-    def step(carry: tuple[SolverState, Array]) -> tuple[SolverState, Array]:
-        return advance(block, carry[0], enough, config), carry[1] + 1
-
-    inner = lax.while_loop(unfinished, step, (inner, jnp.asarray(0, jnp.int32)))[0]
-    q = state.at.simplex.at[:, index].set(inner.at.simplex, mode="drop")
-    primal, slack, lead = survey(problem, inner.weights, q)
-    at = dataclasses.replace(state.at, simplex=q, made=inner.at.made, primal=primal, slack=slack, lead=lead)
-    before = relative(state.gap, state.at.primal)
-    failed = relative(slack + inner.distance, primal) > 0.5 * before
-    return SolverState(
-        weights=inner.weights,
-        anchor=q,
-        # A block that gained nothing has lost touch with the others: back to them all, as gently as before.
-        penalty=jnp.where(failed, state.penalty, inner.penalty),
-        # φ has no value where q is not its own projection: this count makes `advance` move the anchor first.
-        newton_steps=jnp.asarray(NEVER, jnp.int32),
-        epochs=state.epochs + 1,
-        trust=jnp.where(failed, 0.1 * before, state.trust),
-        at=at,
-    )
-
-
-def step(problem: Problem, state: SolverState, target: Array, config: SolverConfig) -> SolverState:
-    """A step over the undecided samples alone where that is promising, over all of them else."""
-    n = state.at.lead.shape[0]
-    enough = 0.5 * target * state.at.primal
-    if n <= SMALL:
-        return advance(problem, state, enough, config)
-    undecided = jnp.sum(state.at.lead < LEADS[-1], dtype=jnp.int32)
-    promising = (undecided <= capacity(n)) & (relative(state.gap, state.at.primal) <= state.trust)
-    return lax.cond(
-        promising,
-        lambda s: solve_block(problem, s, target, config),
-        lambda s: advance(problem, s, enough, config),
+    n = state.norms.shape[0]
+    # Nothing can move a sample without features or without cost, and NaN must not hide the others.
+    fixed = (state.norms == 0.0) | (problem.cost == 0.0) | jnp.isnan(state.lead)
+    order = jnp.where(fixed, jnp.inf, state.lead / jnp.maximum(state.norms, 1e-30))
+    index = lax.top_k(-order, size)[1].astype(jnp.int32) if size < n else jnp.arange(n, dtype=jnp.int32)
+    mine = state.simplex[:, index]
+    rows = gather(problem, index, jnp.isfinite(order[index]) | (state.lead[index] == -jnp.inf), state.made)
+    held = state.made - contract(alpha_of(mine, rows.one_hot, rows.cost), rows.features, 1, 0)
+    rows = rows._replace(offset=held)
+    enough = 0.4 * target * state.primal
+    last = REDUCTION * state.gap <= ALMOST * enough
+    gap = jnp.where(last, enough, REDUCTION * state.gap)
+    zero = jnp.zeros_like(gap)
+    left = jnp.maximum(config.max_epochs * float(n) - state.visits, float(size)) / float(size)
+    steps = jnp.minimum(left, float(config.max_newton)).astype(jnp.int32)
+    goal = newton.Goal(gap, zero, zero + CLOSENESS, last, steps)
+    start = jnp.minimum(MAX_START, START_BY_GAP / relative(state.gap, state.primal))
+    penalty = jnp.minimum(state.penalty, jnp.maximum(start, state.first_penalty))
+    inner = newton.solve_rows(rows, state.weights, mine, penalty, goal, config)
+    return dataclasses.replace(
         state,
+        weights=inner.weights,
+        simplex=state.simplex.at[:, index].set(inner.q),
+        penalty=inner.penalty,
+        visits=state.visits + inner.steps.astype(state.visits.dtype) * float(size),
     )
+
+
+def step(
+    problem: Problem, state: SolverState, target: Array, size: int, config: SolverConfig, low: Any = None
+) -> SolverState:
+    """A round: a block, then a survey of all samples, in the precision `low` if given."""
+    moved = solve_block(problem, state, target, size, config)
+    data = problem if low is None else dataclasses.replace(problem, cost=problem.cost.astype(low))
+    seen = survey(data, moved.weights, moved.simplex, assign=False)
+    return dataclasses.replace(moved, visits=moved.visits + float(state.norms.shape[0]), **seen)
