@@ -81,6 +81,8 @@ def _is_constant(graph: Graph, atom: Atom) -> bool:
     """Whether it is free of parameters: a number of the function's own."""
     if isinstance(atom, Constant):
         return True
+    if atom in graph.origin:
+        return _is_constant(graph, graph.origin[atom])
     if atom not in graph.producer:
         return False
     return all(_is_constant(graph, a) for a in graph.producer[atom].inputs)

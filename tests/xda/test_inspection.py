@@ -19,8 +19,9 @@ class Net(nn.Module):
         return nn.relu(nn.Dense(5, bias_init=nn.initializers.constant(0.2))(x.mean((1, 2))))
 
 
-@pytest.fixture
-def net(rng):
+@pytest.fixture(scope="module")
+def net():
+    rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((2, 6, 6, 3)), jnp.float32)
     return jax.jit(Net().init)(jax.random.key(0), x), x
 
