@@ -136,7 +136,7 @@ def check_conservation(
         params: its parameters.
         x: [b, ...] inputs; the sums run over all of them.
         composite: which rule goes to which layer.
-        seed: [b, d] relevance at the features; the features themselves if not given.
+        seed: [b, d] relevance at the features; their squares if not given, as for the pair of a sample and itself.
 
     Returns:
         A report, which prints as a table.
@@ -196,16 +196,19 @@ def _sums(
 
     probes = {key: jnp.zeros(v.aval.shape, v.aval.dtype) for key, v in values.items()}
     features, transpose, seen = jax.vjp(tapped, probes, has_aux=True)
-    start = features if seed is None else seed.astype(features.dtype)
+    start = features * features if seed is None else seed.astype(features.dtype)
     (on_edges,) = transpose(start)
+
+    def add_up(array: Array) -> Array:
+        return array.astype(array.dtype if array.dtype.itemsize >= 4 else jnp.float32).sum()
 
     def total(value: Value, array: Array, cotangent: Array) -> Array:
         given = value in planned.relevance or composite.seed == "gradient"
-        return (cotangent if given else array * cotangent).sum()
+        return add_up(cotangent if given else array * cotangent)
 
     sums = {key: total(value, seen[key], on_edges[key]) for key, value in values.items()}
     at_input = functools.reduce(jnp.add, [sums.pop(((), "source", i)) for i in range(len(sources))])
-    return sums, start.sum(), at_input
+    return sums, add_up(start), at_input
 
 
 def _walk(

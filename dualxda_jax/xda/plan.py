@@ -75,7 +75,8 @@ def _parts(graph: Graph) -> Iterator[Graph]:
 
 def _steps(graph: Graph, context: _Context) -> list[Step]:
     composite, found = context.composite, context.found
-    functions = clusters(graph, context.merged) if composite.activation == "pass" else {}
+    read = {block.input for block in found.values()}
+    functions = clusters(graph, context.merged, read) if composite.activation == "pass" else {}
     softmax = _softmax_equations(graph)
     made: list[Step] = []
     refused: dict[Equation, NoRuleError] = {}

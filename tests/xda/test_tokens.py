@@ -86,7 +86,7 @@ def test_the_reports_take_tokens(text):
     table = xda.explain_rules(apply, variables, shape, composite=composites.attn_lrp())
     assert [r.path for r in table.rows if r.path] == ["Dense_0/kernel"]
     report = xda.check_conservation(apply, variables, TOKENS, composite=composites.attn_lrp(zero_bias=False))
-    np.testing.assert_allclose(report.seed, apply(variables, TOKENS).sum(), rtol=1e-5)
+    np.testing.assert_allclose(report.seed, jnp.square(apply(variables, TOKENS)).sum(), rtol=1e-5)
     # The positions are a bias: to the skip connection, and to the dense layer that they are merged into.
     assert [r.operation for r in report.rows if abs(r.lost) > 1e-3] == ["add", "add + dot_general"]
     np.testing.assert_allclose(sum(r.lost for r in report.rows), report.seed - report.input, rtol=1e-3)
