@@ -2,11 +2,11 @@
 
     python benchmarks/truth_of_maps.py FOLDER [--limit 20000] [--cost 1e-3] [--out truth_of_maps.json]
 
-The network is trained with a mark (a frame and a square) on 30% of one class's images. On marked test images of other
-classes that it now takes for that class, the mark is the reason: of the pairs with their top marked proponents, how much
-of the positive relevance falls on the mark, by composite, for plain input × gradient and for a random map? And on
-unmarked test images: how fast does the score of the top pair fall when the most relevant pixels of one side are removed,
-against random ones? Every figure is a mean over pairs with its standard error.
+The network is trained with a mark (a frame and a square) on 30% of one class's images. On marked test images of
+other classes that it now takes for that class, the mark is the reason: of the pairs with their top marked proponents,
+how much of the positive relevance falls on the mark, by composite, for plain input × gradient and for a random map? And
+on unmarked test images: how fast does the score of the top pair fall when the most relevant pixels of one side are
+removed, against random ones? Every figure is a mean over pairs with its standard error.
 """
 
 import argparse
