@@ -1,71 +1,89 @@
-"""Seconds of relevance propagation against a plain gradient of the same function, in the same run.
+"""Seconds of relevance propagation against a plain gradient of the same function and against zennit, in the same run.
 
-    python benchmarks/relevance.py [--batch 8] [--size 32] [--width 64] [--out relevance.json]
+    python benchmarks/relevance.py [--peers PYTHON] [--batch 8] [--pairs 32] [--size 32] [--width 64] [--out FILE]
 
-The networks are the small CNN (28×28) and a ResNet-18 of the given width. Each figure is the least of several runs
-after compilation; compilation is reported beside it.
+The networks are the paper's small CNN (28×28) and a ResNet-18 of the given width. PYTHON is the interpreter of an
+environment with torch, torchvision and zennit. All contestants take turns, round by round, and each figure is a median
+over the rounds; processor time stands beside wall time, since it suffers less from what else the machine does. The
+compilation times are those of the first call less a run.
 """
 
 import argparse
-import functools
 import json
 import pathlib
+import statistics
+import subprocess
 import time
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
-from dualxda_jax import xda
+from dualxda_jax import models, xda
 
 COMPOSITES = ["epsilon", "epsilon_plus", "epsilon_plus_flat", "epsilon_alpha2_beta1"]
+PAIRED = ["epsilon_plus", "epsilon_alpha2_beta1"]
 
 
-class SmallCNN(nn.Module):
-    """The network for 28×28 images, without its head."""
+class Features(nn.Module):
+    """A network up to its head."""
 
-    @nn.compact
-    def __call__(self, x):
-        for channels in (5, 10, 5):
-            x = nn.relu(nn.Conv(channels, (3, 3), padding="VALID")(x))
-        x = x.reshape(x.shape[0], -1)
-        for width in (500, 100):
-            x = nn.relu(nn.Dense(width)(x))
-        return x
-
-
-class ResNet18(nn.Module):
-    """ResNet-18 with a 3×3 stem, without its head."""
-
+    network: str
     width: int
 
     @nn.compact
     def __call__(self, x):
-        norm = functools.partial(nn.BatchNorm, use_running_average=True)
-        x = nn.relu(norm()(nn.Conv(self.width, (3, 3), use_bias=False)(x)))
+        if self.network == "cnn":
+            for channels in (5, 10, 5):
+                x = nn.relu(nn.Conv(channels, (3, 3), padding="VALID")(x))
+            x = x.reshape(x.shape[0], -1)
+            for width in (500, 100):
+                x = nn.relu(nn.Dense(width)(x))
+            return x
+        x = nn.Conv(self.width, (3, 3), padding=1, use_bias=False)(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=True)(x))
         for stage in range(4):
-            channels = self.width * 2**stage
             for unit in range(2):
-                stride = (2, 2) if stage and not unit else (1, 1)
-                y = nn.relu(norm()(nn.Conv(channels, (3, 3), stride, use_bias=False)(x)))
-                y = norm()(nn.Conv(channels, (3, 3), use_bias=False)(y))
-                if x.shape != y.shape:
-                    x = norm()(nn.Conv(channels, (1, 1), stride, use_bias=False)(x))
-                x = nn.relu(x + y)
+                x = models.networks.BasicBlock(self.width * 2**stage, 2 if stage and not unit else 1)(x)
         return x.mean((1, 2))
 
 
-def measure(fn, repeats=5):
-    """(seconds of the first call, least seconds of the others)."""
-
-    def once():
-        start = time.perf_counter()
-        jax.block_until_ready(fn())
-        return time.perf_counter() - start
-
-    return once(), min(once() for _ in range(repeats))
+def timed(fn):
+    """(wall, processor) seconds of one call."""
+    wall, processor = time.perf_counter(), time.process_time()
+    jax.block_until_ready(fn())
+    return time.perf_counter() - wall, time.process_time() - processor
 
 
-def compare(name, module, x):
+def rounds(contestants, repeats):
+    """Medians of wall and processor seconds of functions that take turns; the first call of each apart."""
+    first = {name: timed(fn) for name, fn in contestants.items()}
+    times = {name: [] for name in contestants}
+    for _ in range(repeats):
+        for name, fn in contestants.items():
+            times[name].append(timed(fn))
+    rows = {}
+    for name, measured in times.items():
+        wall, processor = (statistics.median(t[i] for t in measured) for i in (0, 1))
+        rows[name] = {"wall": wall, "processor": processor, "compile": first[name][1] - processor}
+    return rows
+
+
+class Peer:
+    """zennit in its own process; calling it gives the seconds that it took there."""
+
+    def __init__(self, python):
+        script = pathlib.Path(__file__).with_name("relevance_zennit.py")
+        self.process = subprocess.Popen([python, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.facts = self.process.stdout.readline().split()[1:]
+
+    def __call__(self, *task):
+        self.process.stdin.write(" ".join(map(str, task)) + "\n")
+        self.process.stdin.flush()
+        return tuple(map(float, self.process.stdout.readline().split()))
+
+
+def against_gradient(network, module, x, repeats):
     params = jax.jit(module.init)(jax.random.key(0), x)
     seed = jax.jit(module.apply)(params, x)
 
@@ -73,35 +91,64 @@ def compare(name, module, x):
     def gradient(params, x, seed):
         return x * jax.vjp(lambda x: module.apply(params, x), x)[1](seed)[0]
 
-    rows = []
-    base = measure(lambda: gradient(params, x, seed))
-    rows.append({"network": name, "what": "input x gradient", "compile": base[0] - base[1], "run": base[1]})
-    for composite in COMPOSITES:
-        chosen = getattr(xda.composites, composite)()
-        first, run = measure(lambda chosen=chosen: xda.relevance(module.apply, params, x, seed, composite=chosen))
-        rows.append({"network": name, "what": composite, "compile": first - run, "run": run, "ratio": run / base[1]})
-    return rows
+    contestants = {"input x gradient": lambda: gradient(params, x, seed)}
+    for name in COMPOSITES:
+        composite = getattr(xda.composites, name)()
+        contestants[name] = lambda c=composite: xda.relevance(module.apply, params, x, seed, composite=c)
+    rows = rounds(contestants, repeats)
+    base = rows["input x gradient"]
+    return [
+        {"network": network, "what": name, **row} | {f"{k} ratio": row[k] / base[k] for k in base}
+        for name, row in rows.items()
+    ]
+
+
+def against_zennit(network, module, x, peer, repeats, width):
+    params = jax.jit(module.init)(jax.random.key(0), x[:1])
+    ones = jnp.ones(len(x))
+    found = []
+    for name in PAIRED:
+        composite = getattr(xda.composites, name)()
+
+        def ours(composite=composite):
+            return xda.explain_pairs(module.apply, params, x, x[::-1], ones, composite=composite, chunk_size=len(x))
+
+        task = (network, name, len(x), x.shape[1], width)
+        timed(ours), peer(*task)
+        mine, theirs = zip(*((timed(ours), peer(*task)) for _ in range(repeats)), strict=True)
+        row = {"network": network, "what": f"{len(x)} pairs, {name}"}
+        for i, kind in enumerate(("wall", "processor")):
+            row[kind], row[f"{kind} zennit"] = (statistics.median(t[i] for t in side) for side in (mine, theirs))
+            row[f"{kind} zennit / ours"] = row[f"{kind} zennit"] / row[kind]
+        found.append(row)
+    return found
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", help="Python with torch and zennit")
+    parser.add_argument("--networks", nargs="+", default=["cnn", "resnet18"])
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--pairs", type=int, default=32)
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("relevance.json"))
     options = parser.parse_args()
-    key = jax.random.key(1)
-    images = jax.random.normal(key, (options.batch, options.size, options.size, 3))
-    rows = compare("small CNN", SmallCNN(), jax.random.normal(key, (options.batch, 28, 28, 1)))
-    rows += compare(f"ResNet-18 x{options.width}", ResNet18(options.width), images)
-    print(f"{jax.devices()[0].device_kind}, batch {options.batch}, {options.size} px")
+    peer = Peer(options.peers) if options.peers else None
+    rows = []
+    for network in options.networks:
+        module = Features(network, options.width)
+        shape = (28, 28, 1) if network == "cnn" else (options.size, options.size, 3)
+        images = jax.random.normal(jax.random.key(1), (max(options.batch, options.pairs), *shape))
+        rows += against_gradient(network, module, images[: options.batch], options.repeats)
+        if peer is not None:
+            rows += against_zennit(network, module, images[: options.pairs], peer, options.repeats, options.width)
     for row in rows:
-        ratio = f"{row['ratio']:6.2f}x" if "ratio" in row else ""
-        print(
-            f"{row['network']:<16} {row['what']:<22} compile {row['compile']:7.2f} s  run {row['run']:8.4f} s  {ratio}"
-        )
-    facts = vars(options) | {"out": str(options.out), "device": jax.devices()[0].device_kind, "jax": jax.__version__}
-    options.out.write_text(json.dumps({"options": facts, "rows": rows}, indent=2))
+        print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{v}" for k, v in row.items()))
+    facts = {k: str(v) for k, v in vars(options).items()}
+    facts |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "torch": peer.facts if peer else None}
+    options.out.write_text(json.dumps({"options": facts, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,14 @@ __all__ = [
     "Literal",
     "Var",
     "bind",
+    "bodies",
+    "carries",
+    "decisions",
     "exact_products",
     "inner_jaxpr",
     "name_stack",
     "place",
+    "rebind_bodies",
     "trace",
 ]
 
@@ -37,6 +41,8 @@ _CALLS = {
     "checkpoint": "jaxpr",
 }
 
+_REMAT = frozenset(["remat", "remat2", "checkpoint"])
+
 
 def trace(fn: Callable[..., Any], *args: Any) -> tuple[ClosedJaxpr, Any]:
     """The jaxpr of fn(*args) and the tree of its outputs."""
@@ -51,6 +57,79 @@ def inner_jaxpr(equation: JaxprEqn) -> tuple[Jaxpr, Sequence[Any]] | None:
         return None
     inner = equation.params[key]
     return (inner.jaxpr, inner.consts) if isinstance(inner, ClosedJaxpr) else (inner, ())
+
+
+def bodies(equation: JaxprEqn) -> tuple[ClosedJaxpr, ...]:
+    """The body of a scan or shard_map, the branches of a cond or switch; empty for any other equation."""
+    name, params = equation.primitive.name, equation.params
+    if name == "scan":
+        return (params["jaxpr"],)
+    if name == "shard_map":
+        inner = params["jaxpr"]
+        return (inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ()),)
+    return tuple(params["branches"]) if name == "cond" else ()
+
+
+def decisions(equation: JaxprEqn) -> int:
+    """How many leading operands do not go to the bodies: one, the number of the branch, for a cond."""
+    return 1 if equation.primitive.name == "cond" else 0
+
+
+def carries(equation: JaxprEqn) -> tuple[tuple[int, int], ...]:
+    """(place among the outputs, place among the inputs) in the body of a scan of everything that it carries on."""
+    if equation.primitive.name != "scan":
+        return ()
+    first = equation.params["num_consts"]
+    return tuple((i, first + i) for i in range(equation.params["num_carry"]))
+
+
+def rebind_bodies(
+    equation: JaxprEqn,
+    functions: Sequence[Callable[..., Sequence[Any]]],
+    values: Sequence[Any],
+    *,
+    unroll: bool = False,
+) -> tuple[Any, ...]:
+    """A scan, cond or shard_map with other functions in place of its bodies.
+
+    A scan whose body asked for rematerialisation gets it for the whole of the new body.
+
+    Args:
+        equation: the scan, cond or shard_map.
+        functions: one for each body; it is given what the body is given and gives back what the body gives.
+        values: of the equation's operands.
+        unroll: run a loop round by round, in the trace: functions are then given the round as well.
+    """
+    if equation.primitive.name == "cond":
+        return tuple(jax.lax.switch(values[0], [lambda *v, f=f: tuple(f(*v)) for f in functions], *values[1:]))
+    p = equation.params
+    if equation.primitive.name == "shard_map":
+        mapped = jax.shard_map(
+            lambda *v: tuple(functions[0](*v)),
+            mesh=p["mesh"],
+            in_specs=tuple(p["in_specs"]),
+            out_specs=tuple(p["out_specs"]),
+            axis_names=p["newly_manual_axes"] if "newly_manual_axes" in p else p["manual_axes"],
+            check_vma=p["check_vma"],
+        )
+        return tuple(mapped(*values))
+    consts, first = p["num_consts"], p["num_consts"] + p["num_carry"]
+    fixed, carry, slices = values[:consts], tuple(values[consts:first]), tuple(values[first:])
+
+    def body(carry: tuple[Any, ...], slices: tuple[Any, ...], *round_: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        found = tuple(functions[0](*fixed, *carry, *slices, *round_))
+        return found[: p["num_carry"]], found[p["num_carry"] :]
+
+    if not unroll:
+        if any(e.primitive.name in _REMAT for e in p["jaxpr"].jaxpr.eqns):
+            body = jax.checkpoint(body, prevent_cse=False)
+        carry, stacked = jax.lax.scan(body, carry, slices, length=p["length"], reverse=p["reverse"], unroll=p["unroll"])
+        return (*carry, *stacked)
+    rounds = range(p["length"])
+    rows = {}
+    for r in reversed(rounds) if p["reverse"] else rounds:
+        carry, rows[r] = body(carry, tuple(s[r] for s in slices), r)
+    return (*carry, *(jax.numpy.stack(column) for column in zip(*(rows[r] for r in rounds), strict=True)))
 
 
 def bind(equation: JaxprEqn, values: Sequence[Any]) -> tuple[Any, ...]:

@@ -32,12 +32,13 @@ class Cluster:
     constants: tuple[Atom, ...]
 
 
-def clusters(graph: Graph, merged: set[Equation]) -> dict[Equation, Cluster]:
+def clusters(graph: Graph, merged: set[Equation], read: set[Atom]) -> dict[Equation, Cluster]:
     """The clusters of a graph by the equation that computes their result.
 
     Args:
         graph: the function.
         merged: equations that belong to linear blocks.
+        read: what linear blocks read, past the scales and shifts before them.
     """
     root: dict[Value, Value] = {}
     joined: set[Value] = set()
@@ -55,7 +56,7 @@ def clusters(graph: Graph, merged: set[Equation]) -> dict[Equation, Cluster]:
         if not graph.is_live(value):
             continue
         inside = [root.get(u.outputs[0]) is root[value] for u in graph.users.get(value, ())]
-        if value in graph.outputs or not inside or not all(inside):
+        if value in graph.outputs or value in read or not inside or not all(inside):
             cluster = _collect(graph, value, root)
             found[cluster.equations[-1]] = cluster
     return found
@@ -81,6 +82,8 @@ def _is_constant(graph: Graph, atom: Atom) -> bool:
     """Whether it is free of parameters: a number of the function's own."""
     if isinstance(atom, Constant):
         return True
+    if atom in graph.origin:
+        return _is_constant(graph, graph.origin[atom])
     if atom not in graph.producer:
         return False
     return all(_is_constant(graph, a) for a in graph.producer[atom].inputs)

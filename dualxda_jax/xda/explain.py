@@ -9,7 +9,7 @@ import numpy as np
 
 from dualxda_jax import _check
 from dualxda_jax.types import Array, FeatureFn, PairRelevance, Params, SupportModel
-from dualxda_jax.xda import graph, plan, transform
+from dualxda_jax.xda import plan, reach, tokens, transform, walk
 from dualxda_jax.xda.composites import Composite
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -23,16 +23,17 @@ def relevance(feature_fn: FeatureFn, params: Params, x: Array, seed: Array, *, c
     Args:
         feature_fn: (params, x[b, ...]) -> features[b, d].
         params: its parameters.
-        x: [b, ...] inputs.
+        x: [b, ...] inputs; or tokens, whole numbers that the function looks up in an embedding table.
         seed: [b, d] relevance at the features.
         composite: which rule goes to which layer.
 
     Returns:
-        [b, ...] relevance at the inputs, in units of the seed. With `zero_bias` every map sums to its seed's sum up to
+        [b, ...] relevance at the inputs, in units of the seed; of tokens [b, t] one number for each token, the sum over
+        its row of the table. With `zero_bias` every map sums to its seed's sum up to
         what rules lose by nature (see the composites).
 
     Raises:
-        ValueError: shapes that do not fit, x that is not floating, or something that is not a composite.
+        ValueError: shapes that do not fit, x that is neither floating nor tokens, or something that is not a composite.
         NoRuleError: the function contains an operation that relevance cannot pass.
     """
     check_inputs(feature_fn, params, "x", x, composite)
@@ -145,24 +146,40 @@ def check_inputs(feature_fn: FeatureFn, params: Params, argument: str, x: Array,
         _check.fail("feature_fn", f"an unhashable {type(feature_fn).__name__}", "hashable: it is a static argument")
     if np.ndim(x) < 1:
         _check.fail(argument, f"shape {np.shape(x)}", "[b, ...]")
-    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
-        _check.fail(argument, f"dtype {jnp.result_type(x)}", "floating: relevance needs a scale, not counts")
-    out = jax.eval_shape(feature_fn, params, x)
+    kinds = (jnp.floating, jnp.integer)
+    if not any(jnp.issubdtype(jnp.result_type(x), kind) for kind in kinds):
+        _check.fail(argument, f"dtype {jnp.result_type(x)}", "floating, or whole numbers that the function looks up")
+    try:
+        out = jax.eval_shape(feature_fn, params, x)
+    except TypeError as error:
+        if jnp.issubdtype(jnp.result_type(x), jnp.floating):
+            raise
+        was = f"dtype {jnp.result_type(x)}, which the function does not take"
+        raise ValueError(f"{argument}: got {was}, must be floating, or tokens that it looks up") from error
     if getattr(out, "ndim", None) != 2 or out.shape[0] != np.shape(x)[0]:
         _check.fail("feature_fn", f"output {out} for {argument} of shape {np.shape(x)}", "features [b, d]")
 
 
 def _propagator(feature_fn: FeatureFn, params: Params, x: Array, composite: Composite) -> Any:
     """The features of x and the function from their relevance to that of x."""
-    traced = graph.build(feature_fn, (params,), x)
+    traced = reach.build(feature_fn, (params,), x)
     planned = plan.make(traced, composite, seeded=True)
-    leaves = jax.tree.leaves(params)
-    features, transpose = jax.vjp(lambda x: transform.run(planned, leaves, x)[0], x)
+    inputs = [*jax.tree.leaves(params), x]
+
+    def run(given: list[Array]) -> Array:
+        return walk.run(planned, inputs, tap=lambda value, _: given[traced.sources.index(value)])[0]
+
+    at = walk.sources(planned, inputs)
+    features, transpose = jax.vjp(run, at)
 
     def propagate(seed: Array) -> Array:
         (arrived,) = transpose(seed.astype(features.dtype))
-        given = traced.data in planned.relevance or composite.seed == "gradient"
-        return arrived if given else x * arrived
+        maps = []
+        for source, value, cotangent in zip(traced.sources, at, arrived, strict=True):
+            given = source in planned.relevance or composite.seed == "gradient"
+            found = cotangent if given else value * cotangent
+            maps.append(found if source is traced.data else tokens.of_each(traced, source, found))
+        return functools.reduce(jnp.add, maps)
 
     return features, propagate
 

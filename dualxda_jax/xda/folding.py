@@ -132,7 +132,7 @@ def _precede(graph: Graph, equation: Equation, live: int, merged: set[Equation])
         chain.append(link)
         value = live_inputs[0]
     # A lone change of dtype is no scale; leaving it out keeps the block's input what the layer's input is.
-    while chain and chain[-1].equation.name == "convert_element_type":
+    while chain and chain[-1].equation.name in ("convert_element_type", "copy", "copy_p"):
         chain.pop()
     return tuple(chain[::-1])
 

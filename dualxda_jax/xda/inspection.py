@@ -2,17 +2,18 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dualxda_jax.types import Array, FeatureFn, Params
-from dualxda_jax.xda import _compat, explain, graph, plan, transform
+from dualxda_jax.xda import _compat, explain, facts, plan, reach, walk
 from dualxda_jax.xda.composites import Composite
 from dualxda_jax.xda.graph import Graph, Value
 from dualxda_jax.xda.steps import Step
+from dualxda_jax.xda.walk import Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +21,8 @@ class RuleRow:
     """One operation of the traced function.
 
     Attributes:
-        operation: the primitive, with what was merged into it, as "conv_general_dilated + add + sub + mul + add".
+        operation: the primitive, with what was merged into it, as "conv_general_dilated + add + sub + mul + add";
+            that of a loop or a branch after the name of these, as "scan / dot_general + add".
         rule: what its relevance does.
         path: path of its weights in the tree of parameters; empty where it has none.
         module: module path under which it was traced, as "CNN/Conv_0".
@@ -39,7 +41,7 @@ class ConservationRow:
     """How much relevance one operation lets through.
 
     Attributes:
-        operation: see `RuleRow`.
+        operation: see `RuleRow`; each round of a loop has its own, as "scan[2] / dot_general + add".
         rule: see `RuleRow`.
         path: see `RuleRow`.
         module: see `RuleRow`.
@@ -118,8 +120,8 @@ def explain_rules(feature_fn: FeatureFn, params: Params, x: Array, *, composite:
     """
     planned = _plan(feature_fn, params, x, composite)
     rows = []
-    for step in _carrying(planned):
-        operation, path, module = _describe(planned.graph, step)
+    for _, step, inside in _walk(planned, rounds=False):
+        operation, path, module = _describe(planned.graph, step, inside)
         rows.append(RuleRow(operation, step.rule, path, module, tuple(step.outputs[0].aval.shape)))
     return RuleTable(tuple(rows))
 
@@ -134,7 +136,7 @@ def check_conservation(
         params: its parameters.
         x: [b, ...] inputs; the sums run over all of them.
         composite: which rule goes to which layer.
-        seed: [b, d] relevance at the features; the features themselves if not given.
+        seed: [b, d] relevance at the features; their squares if not given, as for the pair of a sample and itself.
 
     Returns:
         A report, which prints as a table.
@@ -145,76 +147,104 @@ def check_conservation(
     planned = _plan(feature_fn, params, x, composite)
     sums, start, end = _sums(feature_fn, params, x, seed, composite)
     rows = []
-    for number, step in enumerate(planned.steps):
-        if step not in _carrying(planned):
-            continue
-        operation, path, module = _describe(planned.graph, step)
+    for place, step, inside in _walk(planned, rounds=True):
+        operation, path, module = _describe(planned.graph, step, inside)
         arrived, passed = (
-            float(sum(float(s) for (n, side, _), s in sums.items() if n == number and side == wanted))
+            float(sum(float(s) for (p, side, _), s in sums.items() if p == place and side == wanted))
             for wanted in ("output", "input")
         )
         rows.append(ConservationRow(operation, step.rule, path, module, arrived, passed))
     return Conservation(tuple(rows), float(start), float(end))
 
 
-def _plan(feature_fn: FeatureFn, params: Params, x: Any, composite: Composite) -> plan.Plan:
+def _plan(feature_fn: FeatureFn, params: Params, x: Any, composite: Composite) -> Plan:
     explain.check_inputs(feature_fn, params, "x", x, composite)
-    return plan.make(graph.build(feature_fn, (params,), x), composite, seeded=True)
+    return plan.make(reach.build(feature_fn, (params,), x), composite, seeded=True)
+
+
+_Edge = tuple[tuple[int, ...], str, int]
 
 
 @functools.partial(jax.jit, static_argnames=("feature_fn", "composite"))
 def _sums(
     feature_fn: FeatureFn, params: Params, x: Array, seed: Array | None, composite: Composite
-) -> tuple[dict[tuple[int, str, int], Array], Array, Array]:
+) -> tuple[dict[_Edge, Array], Array, Array]:
     """Sum of the relevance on every edge of the graph, at the outputs and at the input."""
     planned = _plan(feature_fn, params, x, composite)
-    traced = planned.graph
-    leaves = jax.tree.leaves(params)
-    values: dict[tuple[int, str, int], Value] = {}
-    arrays: dict[tuple[int, str, int], Any] = {}
+    sources = planned.graph.sources
+    inputs = [*jax.tree.leaves(params), x]
+    values: dict[_Edge, Value] = {((), "source", i): v for i, v in enumerate(sources)}
+    arrays: dict[_Edge, Any] = {}
 
-    def note(number: int, side: str, position: int, value: Value, array: Any) -> Any:
-        values[number, side, position] = value
+    def note(place: tuple[int, ...], side: str, position: int, value: Value, array: Any) -> Any:
+        values[place, side, position] = value
         return array
 
-    jax.eval_shape(lambda x: transform.run(planned, leaves, x, note), x)
+    jax.eval_shape(lambda inputs: walk.run(planned, inputs, watch=note), inputs)
 
-    def tapped(taps: dict[tuple[int, str, int], Array], x: Array) -> Any:
+    def tapped(probes: dict[_Edge, Array]) -> Any:
         # Adding nothing to an edge makes the cotangent on it a gradient.
-        def add(number: int, side: str, position: int, value: Value, array: Any) -> Any:
-            arrays[number, side, position] = array
-            return array + taps[number, side, position]
+        def add(place: tuple[int, ...], side: str, position: int, value: Value, array: Any) -> Any:
+            arrays[place, side, position] = array
+            return array + probes[place, side, position]
 
-        outputs = transform.run(planned, leaves, x, add)
+        def tap(value: Value, array: Any) -> Any:
+            return add((), "source", sources.index(value), value, array)
+
+        outputs = walk.run(planned, inputs, tap=tap, watch=add)
         return outputs[0], dict(arrays)
 
-    taps = {key: jnp.zeros(v.aval.shape, v.aval.dtype) for key, v in values.items()}
-    features, transpose, seen = jax.vjp(tapped, taps, x, has_aux=True)
-    start = features if seed is None else seed.astype(features.dtype)
-    on_edges, at_input = transpose(start)
+    probes = {key: jnp.zeros(v.aval.shape, v.aval.dtype) for key, v in values.items()}
+    features, transpose, seen = jax.vjp(tapped, probes, has_aux=True)
+    start = features * features if seed is None else seed.astype(features.dtype)
+    (on_edges,) = transpose(start)
+
+    def add_up(array: Array) -> Array:
+        return array.astype(array.dtype if array.dtype.itemsize >= 4 else jnp.float32).sum()
 
     def total(value: Value, array: Array, cotangent: Array) -> Array:
         given = value in planned.relevance or composite.seed == "gradient"
-        return (cotangent if given else array * cotangent).sum()
+        return add_up(cotangent if given else array * cotangent)
 
     sums = {key: total(value, seen[key], on_edges[key]) for key, value in values.items()}
-    return sums, start.sum(), total(traced.data, x, at_input)
+    at_input = functools.reduce(jnp.add, [sums.pop(((), "source", i)) for i in range(len(sources))])
+    return sums, add_up(start), at_input
 
 
-def _carrying(planned: plan.Plan) -> list[Step]:
-    return [s for s in planned.steps if any(planned.graph.is_live(v) for v in s.outputs)]
+def _walk(
+    planned: Plan, *, rounds: bool, place: tuple[int, ...] = (), inside: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[int, ...], Step, tuple[str, ...]]]:
+    """(place, step, the loops and branches around it) of every step on values that carry relevance.
+
+    With `rounds` those of a loop come once for each round, in place of the loop itself; what happens in a branch is not
+    told apart then.
+    """
+    for number, step in enumerate(planned.steps):
+        graph = planned.graph
+        if not graph.live.intersection(step.outputs) or set(step.outputs) <= set(graph.sources):
+            continue  # a look-up of tokens is where relevance ends
+        here, name = (*place, number), step.equation.name
+        if step.watched is None or not rounds:
+            yield here, step, inside
+        if rounds and step.watched is not None:
+            for turn in range(step.equation.params["length"]):
+                yield from _walk(step.plans[0], rounds=True, place=(*here, turn), inside=(*inside, f"{name}[{turn}]"))
+        elif not rounds:
+            for branch, part in enumerate(step.plans):
+                label = name if len(step.plans) == 1 else f"{name}[{branch}]"
+                yield from _walk(part, rounds=False, place=here, inside=(*inside, label))
 
 
-def _describe(traced: Graph, step: Step) -> tuple[str, str, str]:
+def _describe(traced: Graph, step: Step, inside: tuple[str, ...]) -> tuple[str, str, str]:
     equations = [step.equation]
     path = ""
     if step.block is not None:
         block = step.block
         equations = [*(k.equation for k in block.before), step.equation, *(k.equation for k in block.after)]
-        path = plan.weights_path(traced, block.weights)
+        path = facts.weights_path(traced, block.weights)
     stack = [*step.equation.callers, step.equation.source]
     module = "/".join(n for n in map(_compat.name_stack, stack) if n)
-    return " + ".join(e.name for e in equations), path, module
+    return " / ".join([*inside, " + ".join(e.name for e in equations)]), path, module
 
 
 def _table(head: tuple[str, ...], cells: Sequence[tuple[str, ...]]) -> str:

@@ -3,49 +3,45 @@
 import dataclasses
 import fnmatch
 import warnings
+from collections.abc import Iterator
 
-import numpy as np
-
-from dualxda_jax.xda import rules, steps
+from dualxda_jax.xda import facts, rules, steps, walk
 from dualxda_jax.xda.clusters import clusters
 from dualxda_jax.xda.composites import Composite
 from dualxda_jax.xda.folding import Block, blocks
-from dualxda_jax.xda.graph import Atom, Constant, Equation, Graph, NoRuleError, Value, is_softmax
+from dualxda_jax.xda.graph import Atom, Equation, Graph, NoRuleError, Value
+from dualxda_jax.xda.reach import is_softmax
 from dualxda_jax.xda.steps import Step
+from dualxda_jax.xda.walk import Plan
 
-# Entries are moved, copied or selected, never mixed: the plain gradient suits c and relevance alike.
-# fmt: off
-_ROUTES = frozenset([
-    "reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "slice", "pad", "concatenate", "rev",
-    "gather", "dynamic_slice", "dynamic_update_slice", "convert_element_type", "copy", "copy_p", "split",
-    "reduce_precision", "optimization_barrier", "sharding_constraint", "select_n", "reduce_max", "reduce_min",
-    "reduce_window_max", "reduce_window_min", "sort", "top_k", "real", "pvary", "pcast",
-])
-# fmt: on
 # f(t·x) = t·f(x) for t > 0, with at most one operand from the data.
 _HOMOGENEOUS = frozenset(["neg", "mul", "div", "abs"])
 _SHIFTS = frozenset(["add", "sub", "add_any"])
+_SUMS_OVER_DEVICES = frozenset(["psum", "psum_invariant"])
 # fmt: off
 _SMOOTH = frozenset([
     "tanh", "logistic", "erf", "expm1", "log1p", "integer_pow", "square", "sqrt", "cbrt", "sin", "atan", "asinh",
 ])
 # fmt: on
-_SUMS = frozenset(["reduce_sum", "reduce_window_sum", "cumsum"])
 
 
-@dataclasses.dataclass(eq=False, frozen=True)
-class Plan:
-    """A graph with a rule for every operation.
+@dataclasses.dataclass(frozen=True)
+class _Context:
+    """What holds for a graph and all its loops and branches.
 
     Attributes:
-        graph: the function.
-        steps: what to run, in order, after everything that depends on parameters alone.
-        relevance: the values at which the cotangent is the relevance itself instead of c.
+        composite: the rules.
+        found: every linear block.
+        merged: equations that belong to a block.
+        first: the linear blocks that no other precedes, if the composite has a rule for them.
+        nonnegative: values that cannot be negative.
     """
 
-    graph: Graph
-    steps: tuple[Step, ...]
-    relevance: frozenset[Value]
+    composite: Composite
+    found: dict[Equation, Block]
+    merged: set[Equation]
+    first: set[Equation]
+    nonnegative: frozenset[Atom]
 
 
 def make(graph: Graph, composite: Composite, *, seeded: bool) -> Plan:
@@ -60,22 +56,38 @@ def make(graph: Graph, composite: Composite, *, seeded: bool) -> Plan:
     Raises:
         NoRuleError: an operation that relevance cannot pass.
     """
-    found = {block.equation: block for block in blocks(graph)}
+    found = {block.equation: block for part in _parts(graph) for block in blocks(part)}
     merged = {link.equation for block in found.values() for link in block.after}
-    functions = clusters(graph, merged) if composite.activation == "pass" else {}
-    softmax = _softmax_equations(graph)
     first = _first(graph, found) if composite.first is not None else set()
-    nonnegative = _nonnegative(graph)
+    context = _Context(composite, found, merged, first, facts.nonnegative(graph))
+    made = _steps(graph, context)
+    relevance = _relevance_values(graph, made, first, composite) if seeded else frozenset()
+    return Plan(graph, tuple(made), relevance)
+
+
+def _parts(graph: Graph) -> Iterator[Graph]:
+    """The graph, and those of its loops and branches."""
+    yield graph
+    for equation in graph.equations:
+        for body in equation.bodies:
+            yield from _parts(graph.inside(body))
+
+
+def _steps(graph: Graph, context: _Context) -> list[Step]:
+    composite, found = context.composite, context.found
+    read = {block.input for block in found.values()}
+    functions = clusters(graph, context.merged, read) if composite.activation == "pass" else {}
+    softmax = _softmax_equations(graph)
     made: list[Step] = []
     refused: dict[Equation, NoRuleError] = {}
     for equation in graph.equations:
-        if equation in merged or not any(v in graph.reached for v in equation.outputs):
+        if equation in context.merged or not graph.reached.intersection(equation.outputs):
             continue
         if equation in found:
             block = found[equation]
-            rule = _rule(graph, composite, block, equation in first)
+            rule = _rule(graph, composite, block, equation in context.first)
             if rule is not None:
-                made.append(steps.linear(block, rule, nonnegative=block.input in nonnegative))
+                made.append(steps.linear(block, rule, nonnegative=block.input in context.nonnegative))
                 continue
             # Without a rule nothing is merged, so the links run as themselves.
             made.append(steps.native(equation))
@@ -85,6 +97,8 @@ def make(graph: Graph, composite: Composite, *, seeded: bool) -> Plan:
             made.append(steps.native(equation))
         elif equation in functions:
             made.append(steps.function(functions[equation]))
+        elif equation.bodies and graph.live.intersection(equation.outputs):
+            made.append(_inside(graph, context, equation))
         else:
             try:
                 made.append(_step(graph, composite, equation))
@@ -95,8 +109,17 @@ def make(graph: Graph, composite: Composite, *, seeded: bool) -> Plan:
     for equation, refusal in refused.items():
         if read.intersection(equation.outputs):
             raise refusal
-    relevance = _relevance_values(graph, made, first, composite) if seeded else frozenset()
-    return Plan(graph, tuple(made), relevance)
+    return made
+
+
+def _inside(graph: Graph, context: _Context, equation: Equation) -> Step:
+    """The step of a loop or a branching: its bodies are transformed in turn."""
+    plans = []
+    for body in equation.bodies:
+        inner = graph.inside(body)
+        plans.append(Plan(inner, tuple(_steps(inner, context)), frozenset()))
+    count = equation.params.get("length")
+    return walk.inside(equation, plans, "inside" if count is None else f"inside, {count} times")
 
 
 def _softmax_equations(graph: Graph) -> set[Equation]:
@@ -123,22 +146,13 @@ def _needed(made: list[Step], graph: Graph) -> tuple[list[Step], set[Atom]]:
 
 
 def _rule(graph: Graph, composite: Composite, block: Block, first: bool) -> rules.Rule | None:
-    path = weights_path(graph, block.weights)
+    path = facts.weights_path(graph, block.weights)
     for pattern, rule in composite.overrides:
         if path and fnmatch.fnmatchcase(path, pattern):
             return rule
     if first:
         return composite.first
     return composite.convolution if block.is_convolution else composite.dense
-
-
-def weights_path(graph: Graph, atom: Atom) -> str:
-    """The path in the tree of parameters from which weights were computed; the first one, if there are several."""
-    if not isinstance(atom, Value):
-        return ""
-    if atom.path or atom not in graph.producer:
-        return atom.path
-    return next(filter(None, (weights_path(graph, a) for a in graph.producer[atom].inputs)), "")
 
 
 def _step(graph: Graph, composite: Composite, equation: Equation) -> Step:
@@ -149,17 +163,19 @@ def _step(graph: Graph, composite: Composite, equation: Equation) -> Step:
     name = equation.name
     if name == "while":
         raise equation.refuse("a while loop has no reverse-mode derivative; use scan or unroll it")
-    if name in _ROUTES:
+    if name in facts.ROUTES:
         return steps.native(equation, routes=True, rule="route")
     plain = composite.activation != "pass"
-    if name == "max" and len(live) == 1 and _is_zero(graph, equation.inputs[1 - live[0]]):
+    if name == "max" and len(live) == 1 and facts.is_zero(graph, equation.inputs[1 - live[0]]):
         if composite.activation == "guided":
             return steps.guided_relu(equation, live[0])
         return steps.elementwise(equation, live[0], homogeneous=True, passes=not plain)
     if composite.seed == "gradient":
         return steps.native(equation)
-    if name in _SUMS or (name in _SHIFTS and len(live) == 2):
-        return steps.sums(equation, composite.stabilizer * _count(graph, equation))
+    if name in _SUMS_OVER_DEVICES:
+        return steps.native(equation, rule="share")
+    if name in facts.SUMS or (name in _SHIFTS and len(live) == 2):
+        return steps.sums(equation, composite.stabilizer * facts.count(graph, equation))
     if len(live) == 2 and name in ("mul", "dot_general"):
         return steps.halves(equation)
     if len(live) == 2 and name in ("max", "min"):
@@ -173,18 +189,6 @@ def _step(graph: Graph, composite: Composite, equation: Equation) -> Step:
         raise equation.refuse(f"{reason}; a composite with on_unknown='gradient' would let its plain gradient act")
     warnings.warn(f"{equation.refuse(reason)}: its plain gradient acts instead", stacklevel=2)
     return steps.native(equation)
-
-
-def _count(graph: Graph, equation: Equation) -> float:
-    """By what number the result is divided next: a mean is stabilised as a mean, not as a sum."""
-    users = graph.users.get(equation.outputs[0], ())
-    if len(users) == 1 and users[0].name in ("div", "mul"):
-        other = [a for a in users[0].inputs if a is not equation.outputs[0]]
-        if len(other) == 1 and isinstance(other[0], Constant) and np.ndim(other[0].value) == 0:
-            number = abs(float(other[0].value))
-            if number > 0 and (users[0].name == "mul" or users[0].inputs[1] is other[0]):
-                return number if users[0].name == "div" else 1 / number
-    return 1.0
 
 
 def _unary(graph: Graph, composite: Composite, equation: Equation, live: int, plain: bool) -> Step | None:
@@ -204,54 +208,16 @@ def _unary(graph: Graph, composite: Composite, equation: Equation, live: int, pl
     return None
 
 
-def _is_zero(graph: Graph, atom: Atom) -> bool:
-    while isinstance(atom, Value) and atom in graph.producer:
-        equation = graph.producer[atom]
-        if equation.name not in ("broadcast_in_dim", "convert_element_type"):
-            return False
-        atom = equation.inputs[0]
-    return isinstance(atom, Constant) and np.ndim(atom.value) == 0 and float(atom.value) == 0.0
-
-
 def _first(graph: Graph, found: dict[Equation, Block]) -> set[Equation]:
     """The linear blocks that no other linear block precedes."""
-    behind: set[Value] = set()
-    first = set()
-    for equation in graph.equations:
-        after = any(a in behind for a in equation.inputs if graph.is_live(a))
-        if equation in found and not after:
-            first.add(equation)
-        if equation in found or after:
-            behind.update(equation.outputs)
+    behind = facts.behind_linear(graph, found)
+    first = {e for e in found if not any(a in behind for a in e.inputs if graph.is_live(a))}
+    if found and not first:
+        raise next(iter(found)).refuse(
+            "the first linear layer is the first round of a loop, and the composite's rule for the first layer must "
+            "not reach the other rounds; take the first round out of the loop, or a composite without such a rule"
+        )
     return first
-
-
-def _nonnegative(graph: Graph) -> frozenset[Atom]:
-    """Values that cannot be negative, by construction."""
-    known: set[Atom] = set()
-
-    def sure(atom: Atom) -> bool:
-        if isinstance(atom, Constant):
-            return np.ndim(atom.value) == 0 and float(atom.value) >= 0
-        return atom in known
-
-    for equation in graph.equations:
-        name, inputs = equation.name, equation.inputs
-        if name in ("logistic", "exp", "abs", "square"):
-            positive = True
-        elif name == "max":
-            positive = any(sure(a) for a in inputs)
-        elif name in ("gather", "dynamic_slice"):
-            positive = sure(inputs[0])
-        elif name == "select_n":
-            positive = all(sure(a) for a in inputs[1:])
-        elif name in _ROUTES or name in _SUMS or name in ("add", "mul", "div", "min", "add_any"):
-            positive = all(sure(a) for a in inputs)
-        else:
-            positive = False
-        if positive:
-            known.update(equation.outputs)
-    return frozenset(known)
 
 
 def _relevance_values(graph: Graph, made: list[Step], first: set[Equation], composite: Composite) -> frozenset[Value]:
@@ -267,7 +233,13 @@ def _relevance_values(graph: Graph, made: list[Step], first: set[Equation], comp
         if step.gives and found.intersection(step.outputs):
             found.update(a for a in step.inputs if graph.is_live(a))
     if isinstance(composite.first, rules.FIRST_LAYER_ONLY):
-        found.add(graph.data)
+        found.update(graph.sources)
+        top = set(graph.equations)
+        for equation in first - top:
+            raise equation.refuse(
+                f"the first layer's rule {composite.first} hands out relevance itself, which cannot leave a loop or a "
+                "branch; move the first layer out of it, or choose another rule for it"
+            )
         for step in made:
             live = [a for a in step.inputs if graph.is_live(a)]
             if step.block is None and step.takes and live and all(a in found for a in live):

@@ -35,6 +35,8 @@ class Step:
         takes: it can be handed relevance in place of c.
         gives: where it is handed relevance it hands relevance on.
         block: the linear block, if it is one.
+        plans: the plans of a loop's body or of the branches (see `walk`), for people.
+        watched: (values of the inputs, watch, place) -> values of the outputs, of a loop that shows its rounds.
     """
 
     equation: Equation
@@ -45,6 +47,8 @@ class Step:
     takes: bool = False
     gives: bool = False
     block: Block | None = None
+    plans: tuple[Any, ...] = ()
+    watched: Callable[[Sequence[Any], Any, tuple[int, ...]], tuple[Any, ...]] | None = None
 
 
 def modified(primal: Callable[..., Any], backward: Backward) -> Callable[..., Any]:

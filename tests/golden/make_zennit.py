@@ -2,7 +2,7 @@
 
 Run with an environment that has torch, torchvision and zennit 0.5.1:
 
-    python tests/golden/make_zennit.py [cnn] [resnet]
+    python tests/golden/make_zennit.py [cnn] [resnet] [mixed]
 
 Weights are float32 values, everything is computed in float64. Images are channels first, as torch has them. Each map
 is the gradient that a composite leaves at the input when the seed arrives at the output.
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torchvision.models.resnet import BasicBlock, ResNet
 from zennit import composites, rules
+from zennit.canonizers import NamedMergeBatchNorm
 from zennit.torchvision import ResNetCanonizer
 from zennit.types import Linear
 
@@ -119,9 +120,50 @@ def resnet(attempt):
     return model, x, seed, lambda: [ResNetCanonizer()]
 
 
+class Mixed(torch.nn.Module):
+    """What VGG, DenseNet and MobileNet are made of: maximum and average pooling, concatenation, strided, grouped,
+    dilated and depthwise convolutions, two dense layers."""
+
+    def __init__(self):
+        super().__init__()
+        nn = torch.nn
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+        self.grow = nn.Conv2d(6, 4, 3, padding=2, dilation=2, groups=2, bias=False)
+        self.relu = nn.ReLU()
+        self.deep = nn.Conv2d(10, 10, 3, stride=2, padding=1, groups=10, bias=False)
+        self.deep_norm = nn.BatchNorm2d(10, eps=1e-12)
+        self.point = nn.Conv2d(10, 8, 1)
+        self.tail = nn.Sequential(nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(8, 10), nn.ReLU())
+        self.last = nn.Sequential(nn.Linear(10, 6), nn.ReLU())
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = torch.cat([x, self.relu(self.grow(x))], dim=1)
+        x = self.point(self.relu(self.deep_norm(self.deep(x))))
+        return self.last(self.tail(x))
+
+
+def mixed(attempt):
+    torch.manual_seed(attempt)
+    model = Mixed()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            torch.nn.init.uniform_(module.weight, -1.0, 1.5)
+    model = rounded(model.double(), 0.1).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.copy_(module.running_mean.float())
+            module.running_var.copy_(module.running_var.float())
+    x = torch.randn(2, 3, 8, 8).float().double()
+    seed = (torch.randn(2, 6) * model(x)).detach().float().double()
+    return model, x, seed, lambda: [NamedMergeBatchNorm([(["deep"], "deep_norm")])]
+
+
 def write(network):
     for attempt in range(100):
-        model, x, seed, canonizers = {"cnn": cnn, "resnet": resnet}[network](attempt)
+        model, x, seed, canonizers = {"cnn": cnn, "resnet": resnet, "mixed": mixed}[network](attempt)
         if well_posed(model, x, seed, canonizers):
             break
     print(network, "from seed", attempt)
@@ -131,5 +173,5 @@ def write(network):
 
 
 if __name__ == "__main__":
-    for network in sys.argv[1:] or ["cnn", "resnet"]:
+    for network in sys.argv[1:] or ["cnn", "resnet", "mixed"]:
         write(network)

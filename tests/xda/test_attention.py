@@ -85,6 +85,12 @@ def test_activations_in_pieces_pass_relevance(activation, rng):
     composite = composites.epsilon(zero_bias=False)
     found = xda.relevance(network, w, x, seed, composite=composite)
     expected = xda.relevance(lambda w, x: x @ w, w, x, seed, composite=composite)
+    # A scale between the activation and the next layer belongs to the layer.
+    deep = xda.relevance(lambda w, x: (2.0 * network(w, x)) @ w.T, w, x, x, composite=composite)
+    hidden = network(w, x)
+    arrived = xda.relevance(lambda w, h: h @ w.T, w, hidden, x, composite=composite)
+    before = xda.relevance(lambda w, x: x @ w, w, x, arrived, composite=composite)
+    np.testing.assert_allclose(deep, before, rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
     through = xda.lrp(functools.partial(network, w), composite=composite)
     gradient = jax.vjp(through, x)[1](jnp.ones_like(seed))[0]

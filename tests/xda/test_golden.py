@@ -2,6 +2,7 @@
 
 import pathlib
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,6 +73,39 @@ def resnet(weights, x):
     return x.mean((1, 2))
 
 
+def mixed(weights, x):
+    """The parts of VGG, DenseNet and MobileNet, as in the golden file's network."""
+
+    def conv(x, name, stride=1, pad=0, dilation=1, groups=1):
+        kernel = weights[f"{name}.weight"].transpose(2, 3, 1, 0)
+        y = jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (stride, stride),
+            [(pad, pad), (pad, pad)],
+            rhs_dilation=(dilation, dilation),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+        )
+        return y + weights[f"{name}.bias"][None, None, None] if f"{name}.bias" in weights else y
+
+    def norm(x, name):
+        mean, var, scale, bias = (
+            weights[f"{name}.{k}"][None, None, None] for k in ("running_mean", "running_var", "weight", "bias")
+        )
+        return (x - mean) / jnp.sqrt(var + 1e-12) * scale + bias
+
+    def dense(x, name):
+        return jax.nn.relu(x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"][None])
+
+    x = nn.max_pool(jax.nn.relu(conv(x, "stem.0", pad=1)), (2, 2), (2, 2))
+    y = jax.nn.relu(conv(x, "grow", pad=2, dilation=2, groups=2))
+    x = jnp.concatenate([x, y], axis=-1)
+    x = jax.nn.relu(norm(conv(x, "deep", stride=2, pad=1, groups=10), "deep_norm"))
+    x = jax.nn.relu(conv(x, "point"))
+    return dense(dense(x.mean((1, 2)), "tail.3"), "last.0")
+
+
 def load(network, dtype):
     with np.load(GOLDEN / f"zennit_{network}.npz") as stored:
         arrays = dict(stored)
@@ -118,4 +152,22 @@ def test_resnet_in_float32(name, bias):
     arrays, weights, x, seed = load("resnet", jnp.float32)
     np.testing.assert_allclose(resnet(weights, x), arrays["features"], atol=1e-5)
     found = xda.relevance(resnet, weights, x, seed, composite=composite(name, bias == "zero"))
+    assert error(arrays, name, bias, found) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "bias"),
+    [
+        ("epsilon", "kept"),
+        ("epsilon_plus_flat", "zero"),
+        ("epsilon_alpha2_beta1", "zero"),
+        ("epsilon_gamma_box", "kept"),
+        ("excitation_backprop", "kept"),
+        ("guided_backprop", "zero"),
+    ],
+)
+def test_mixed_in_float32(name, bias):
+    arrays, weights, x, seed = load("mixed", jnp.float32)
+    np.testing.assert_allclose(mixed(weights, x), arrays["features"], atol=1e-5)
+    found = xda.relevance(mixed, weights, x, seed, composite=composite(name, bias == "zero"))
     assert error(arrays, name, bias, found) <= 1e-4

@@ -86,8 +86,9 @@ class Normalised(nn.Module):
         return nn.relu(nn.Dense(6)(x))
 
 
-@pytest.fixture
-def normalised(rng):
+@pytest.fixture(scope="module")
+def normalised():
+    rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((2, 8, 8, 3)), jnp.float32)
     variables = jax.jit(Normalised().init)(jax.random.key(0), x)
     statistics = jax.tree.map(
