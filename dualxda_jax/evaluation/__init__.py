@@ -1,15 +1,24 @@
-"""Metrics of an attribution: pure functions on arrays, whoever made the scores."""
+"""Metrics of an attribution: pure functions on arrays, whoever made the scores; and retraining, which some need."""
 
+from dualxda_jax.evaluation import retrain
+from dualxda_jax.evaluation.bootstrap import Interval, bootstrap
 from dualxda_jax.evaluation.detection import class_detection, subclass_detection
 from dualxda_jax.evaluation.faithfulness import Faithfulness, surrogate_faithfulness
 from dualxda_jax.evaluation.ranking import MislabelCurve, lds, mislabeling_detection, shortcut_detection
+from dualxda_jax.evaluation.selection import SelectionCurve, coreset_selection, data_pruning
 
 __all__ = [
     "Faithfulness",
+    "Interval",
     "MislabelCurve",
+    "SelectionCurve",
+    "bootstrap",
     "class_detection",
+    "coreset_selection",
+    "data_pruning",
     "lds",
     "mislabeling_detection",
+    "retrain",
     "shortcut_detection",
     "subclass_detection",
     "surrogate_faithfulness",
