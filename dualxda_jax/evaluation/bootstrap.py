@@ -94,4 +94,5 @@ def _bootstrap(values: Array, key: Array, *, resamples: int, level: float) -> In
     low, high = jnp.quantile(means, ends)
     some = defined > 0
     nan = jnp.asarray(jnp.nan, values.dtype)
-    return Interval(*(jnp.where(some, v, nan) for v in (centre, centre + low, centre + high)), defined)
+    mean, bottom, top = (jnp.where(some, v, nan) for v in (centre, centre + low, centre + high))
+    return Interval(mean, bottom, top, defined)

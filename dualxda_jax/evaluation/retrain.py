@@ -191,26 +191,14 @@ def _across(across: str | None) -> str:
 
 def _rows(problem: _Problem, config: training.TrainConfig) -> Array:
     """[m, steps, batch] places in the training set, in the order in which `fit` would show each subset."""
-    rows = np.empty((len(problem.subsets), config.steps, config.batch_size), np.int32)
-    for mine, key, subset in zip(rows, problem.keys, problem.subsets, strict=True):
-        members = np.flatnonzero(subset)
-        a_pass = -(-members.size // config.batch_size)
-        orders = _orders(key, -(-config.steps // a_pass), members.size)
-        padded = np.resize(np.arange(members.size), a_pass * config.batch_size)
-        mine[:] = members[np.asarray(orders)[:, padded].reshape(-1, config.batch_size)[: config.steps]]
-    return jnp.asarray(rows)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _orders(key: Array, passes: int, size: int) -> Array:
-    shuffle = jax.random.split(key)[1]
-    keys = jax.vmap(functools.partial(jax.random.fold_in, shuffle))(jnp.arange(passes))
-    return jax.vmap(lambda key: jax.random.permutation(key, size))(keys)
-
-
-def _equivalent(module: Any) -> training.Apply | None:
-    """The faster form of a module, where there is one."""
-    return models.small_cnn_logits if type(module) is models.SmallCNN else None
+    return jnp.asarray(
+        np.stack(
+            [
+                training.rows(jax.random.split(key)[1], np.flatnonzero(subset), config)
+                for key, subset in zip(problem.keys, problem.subsets, strict=True)
+            ]
+        )
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -230,7 +218,7 @@ def _train_and_ask(
     def one(shared: tuple[Array, Array, Array], mine: tuple[Array, Array]) -> tuple[Array, Array]:
         images, labels, queries = shared
         variables, loss = _train_one(module, config, (images, labels), mine)
-        apply = _equivalent(module) or module.apply
+        apply = models.faster_apply(module) or module.apply
         answer = lax.map(
             lambda x: apply(variables, to_float(x)[None])[0], queries, batch_size=min(len(queries), _QUERIES_AT_ONCE)
         )
@@ -243,7 +231,7 @@ def _train_one(
     module: Any, config: training.TrainConfig, shared: tuple[Array, Array], mine: tuple[Array, Array]
 ) -> tuple[Params, Array]:
     (images, labels), (key, rows) = shared, mine
-    apply = _equivalent(module)
+    apply = models.faster_apply(module)
     state = training.init(jax.random.split(key)[0], module, images[:1], config)
 
     def body(state: training.TrainState, rows: Array) -> tuple[training.TrainState, Array]:
@@ -341,7 +329,7 @@ def bytes_of_step(module: Any, images: Any, config: training.TrainConfig) -> int
 
     def one(key: Array, x: Array, y: Array) -> Any:
         state = training.init(key, module, x[:1], config)
-        return training.step(state, (x, y), apply=_equivalent(module))
+        return training.step(state, (x, y), apply=models.faster_apply(module))
 
     traced = jax.make_jaxpr(one)(jax.random.key(0), example, labels)
     return _size(traced.jaxpr)

@@ -6,14 +6,26 @@ each convolution is one product with the shifted maps side by side. 16/9 of the 
 Under `vmap` over parameters the products become batched products, where convolutions would become grouped ones.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dualxda_jax.models.networks import HEAD
+from dualxda_jax.models.networks import HEAD, SmallCNN
+from dualxda_jax.models.training import Apply
 from dualxda_jax.types import Array, Params
 
 _CONVOLUTIONS = 3
+
+
+def faster_apply(module: Any) -> Apply | None:
+    """(variables, x) -> logits that equals `module.apply` up to rounding and trains faster, or None if none is known.
+
+    Args:
+        module: a linen module.
+    """
+    return small_cnn_logits if type(module) is SmallCNN else None
 
 
 def small_cnn_logits(variables: Params, x: Array) -> Array:

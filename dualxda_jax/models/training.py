@@ -199,7 +199,7 @@ def fit(
     a_pass = -(-len(images) // config.batch_size)
     done = int(state.step)
     while done < config.steps:
-        order = shuffle(jax.random.fold_in(shuffle_key, done // a_pass), len(images), a_pass * config.batch_size)
+        order = _shuffle(jax.random.fold_in(shuffle_key, done // a_pass), len(images), a_pass * config.batch_size)
         for rows in order.reshape(a_pass, -1)[: config.steps - done]:
             state, metrics = _donating_step(state, (images[rows], labels[rows]))
             done += 1
@@ -249,10 +249,16 @@ def accuracy(logits: Any, labels: Any) -> float:
     return float((logits.argmax(-1) == labels).mean())
 
 
+def schedule(config: TrainConfig) -> Callable[[Any], Any]:
+    """Step -> learning rate: a linear rise, then a cosine down to zero at the last step."""
+    return optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, int(config.warmup * config.steps), config.steps
+    )
+
+
 @functools.lru_cache(maxsize=16)
 def _optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    warmup = int(config.warmup * config.steps)
-    rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, config.steps)
+    rate = schedule(config)
 
     def kernels(params: Params) -> Any:
         return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
@@ -274,9 +280,31 @@ def _unpack(batch: Any) -> tuple[Any, Any, Any]:
     return inputs, labels, mask[0] if mask else None
 
 
-def shuffle(key: Array, samples: int, length: int) -> np.ndarray:
-    """[length] the order in which `fit` shows the samples in one pass: a permutation that starts again at its end."""
+def _shuffle(key: Array, samples: int, length: int) -> np.ndarray:
     return np.resize(np.asarray(jax.random.permutation(key, samples)), length)
+
+
+def rows(key: Array, members: np.ndarray, config: TrainConfig) -> np.ndarray:
+    """The samples of every step, as `fit` would show those of a training set.
+
+    Args:
+        key: typed key of the shuffles, the second half of what `fit` is given.
+        members: [n] places of the samples in whatever holds them.
+        config: how many steps of how many samples.
+
+    Returns:
+        [steps, b] places.
+    """
+    a_pass = -(-members.size // config.batch_size)
+    orders = np.asarray(_orders(key, -(-config.steps // a_pass), members.size))
+    padded = np.resize(np.arange(members.size), a_pass * config.batch_size)
+    return members[orders[:, padded].reshape(-1, config.batch_size)[: config.steps]].astype(np.int32)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _orders(key: Array, passes: int, samples: int) -> Array:
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(passes))
+    return jax.vmap(lambda key: jax.random.permutation(key, samples))(keys)
 
 
 def _arrays(state: TrainState) -> dict[str, Any]:
