@@ -1,7 +1,7 @@
 """Per-sample gradients as rows: a dict from a parameter's path to its gradients of b samples.
 
 An entry is an array [b, *shape of the parameter], or an `Outer` where the gradient of a matrix is an outer product.
-Sums over parameters are taken entry by entry, so that the [b, p] matrix of all gradients is never held unless asked for.
+Sums over parameters are taken entry by entry: the [b, p] matrix of all gradients is never held unless asked for.
 """
 
 import dataclasses
