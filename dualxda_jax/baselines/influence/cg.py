@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from dualxda_jax import _check
 from dualxda_jax.baselines.gradients import map_chunks
 from dualxda_jax.baselines.influence import checks, hvp
-from dualxda_jax.baselines.protocol import Context, Method
+from dualxda_jax.baselines.protocol import Context, Method, check_queries
 from dualxda_jax.baselines.select import Filter
 from dualxda_jax.types import Array
 
@@ -85,8 +85,8 @@ def influence_cg(
         return Fitted(context)
 
     def scores(fitted: Fitted, x: Array, targets: Array) -> Array:
-        checks.queries(fitted.context, x, targets)
-        result, status = _scores(config, fitted, jnp.asarray(x), jnp.asarray(targets))
+        targets = check_queries(fitted.context, x, targets)
+        result, status = _scores(config, fitted, jnp.asarray(x), targets)
         _report(status)
         return checks.finite_scores(result)
 

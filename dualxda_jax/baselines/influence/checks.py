@@ -1,14 +1,12 @@
 """Checks that the influence functions share. Values are looked at outside of a trace only."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dualxda_jax import _check
-from dualxda_jax.baselines.protocol import Context
 from dualxda_jax.types import Array
 
 
@@ -35,14 +33,6 @@ def one_of(argument: str, value: str, names: tuple[str, ...]) -> None:
     """Raise unless it is one of the names."""
     if value not in names:
         _check.fail(argument, repr(value), f"one of {', '.join(names)}")
-
-
-def queries(context: Context, x: Any, targets: Any) -> None:
-    """Raise unless x [q, ...] are inputs like the training set's and targets [q] are classes."""
-    _check.shape("x", x, ("q", *np.shape(context.inputs)[1:]))
-    _check.shape("targets", targets, (np.shape(x)[0],))
-    _check.integers("targets", targets)
-    _check.class_range("targets", targets, context.num_classes)
 
 
 def finite_scores(scores: Array) -> Array:

@@ -25,12 +25,14 @@ from dualxda_jax.baselines.gradients import map_chunks
 from dualxda_jax.baselines.influence import checks, curvature, layers
 from dualxda_jax.baselines.influence.curvature import State
 from dualxda_jax.baselines.influence.layers import Layers
-from dualxda_jax.baselines.protocol import Context, Method
+from dualxda_jax.baselines.protocol import Context, Method, Stages, check_queries, staged
 from dualxda_jax.baselines.select import Filter, select
 from dualxda_jax.types import Array
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 _QUERY_BUDGET = 1 << 27  # entries of the queries' gradients that are held at a time
+
+_BLOCK = 16_384  # samples between two states that a resumable fit keeps
 
 Bases = dict[str, dict[str, Array]]
 
@@ -104,14 +106,14 @@ def influence_ekfac(
     config = Config(params, damping, fisher, kfac, max_samples, chunk)
 
     def scores(fitted: Fitted, x: Array, targets: Array) -> Array:
-        checks.queries(fitted.context, x, targets)
-        return checks.finite_scores(_scores(config, fitted, jnp.asarray(x), jnp.asarray(targets)))
+        targets = check_queries(fitted.context, x, targets)
+        return checks.finite_scores(_scores(config, fitted, jnp.asarray(x), targets))
 
     def self_influence(fitted: Fitted) -> Array:
         return checks.finite_samples(_self_influence(config, fitted))
 
-    name = "influence_kfac" if kfac else "influence_ekfac"
-    return Method(name, functools.partial(fit, config), scores, self_influence)
+    stages = Stages(config, functools.partial(_count, config), functools.partial(_part, config), _join)
+    return staged("influence_kfac" if kfac else "influence_ekfac", stages, scores, self_influence)
 
 
 def left_out(context: Context, params: Filter = "all") -> dict[str, str]:
@@ -119,18 +121,40 @@ def left_out(context: Context, params: Filter = "all") -> dict[str, str]:
     return dict(_find(context, params).left_out)
 
 
-def fit(config: Config, key: Array, context: Context) -> Fitted:
-    """Both passes over the training set; K-FAC needs the first alone."""
+def _blocks(config: Config, context: Context) -> int:
+    """How many parts each pass over the training set is cut into."""
+    return -(-min(context.inputs.shape[0], config.max_samples) // _BLOCK)
+
+
+def _count(config: Config, context: Context) -> int:
+    """The blocks of the first pass, the eigendecomposition, the blocks of the second pass."""
+    return _blocks(config, context) * (1 if config.kfac else 2) + 1
+
+
+def _part(config: Config, key: Array, context: Context, earlier: tuple[Any, ...]) -> Any:
+    """The sums of a pass up to the next block, or what comes of them."""
+    blocks, number = _blocks(config, context), len(earlier)
     _find(context, config.params)
-    count, samples = _samples(config, key, context)
-    state = covariance_step(config, context, key, None, samples)
+    total = min(context.inputs.shape[0], config.max_samples)
+    if number < blocks:
+        state = covariance_step(
+            config, context, key, earlier[-1] if number else None, _samples(config, key, context, number)
+        )
+    elif number == blocks:
+        return _eigenbases(earlier[-1], total)
+    else:
+        number -= blocks + 1
+        state = earlier[-1] if number else None
+        state = eigenvalue_step(config, context, key, earlier[blocks], state, _samples(config, key, context, number))
+        if number == blocks - 1:
+            checks.finite_state(state["bad"])
+            return corrected(earlier[blocks], state, total)
     checks.finite_state(state["bad"])
-    bases = _eigenbases(state, count)
-    if not config.kfac:
-        state = eigenvalue_step(config, context, key, bases, None, samples)
-        checks.finite_state(state["bad"])
-        bases = corrected(bases, state, count)
-    return Fitted(context, bases)
+    return state
+
+
+def _join(key: Array, context: Context, parts: tuple[Any, ...]) -> Fitted:
+    return Fitted(context, parts[-1])
 
 
 def _find(context: Context, params: Filter) -> Layers:
@@ -144,13 +168,18 @@ def _find(context: Context, params: Filter) -> Layers:
     return found
 
 
-def _samples(config: Config, key: Array, context: Context) -> tuple[int, tuple[Array, ...]]:
-    """How many samples the curvature is taken over; and inputs, labels and numbers of these."""
-    n = context.inputs.shape[0]
+def _samples(config: Config, key: Array, context: Context, block: int) -> tuple[Array, ...]:
+    """Inputs, labels and numbers of one block of the samples that the curvature is taken over."""
+    n, some = context.inputs.shape[0], slice(block * _BLOCK, min((block + 1) * _BLOCK, config.max_samples))
     if n <= config.max_samples:
-        return n, (context.inputs, context.labels, jnp.arange(n, dtype=jnp.int32))
-    chosen = jax.random.permutation(jax.random.fold_in(key, 2), n)[: config.max_samples].astype(jnp.int32)
-    return config.max_samples, (context.inputs[chosen], context.labels[chosen], chosen)
+        numbers = jnp.arange(n, dtype=jnp.int32)
+        return (
+            (context.inputs, context.labels, numbers)
+            if n <= _BLOCK
+            else tuple(a[some] for a in (context.inputs, context.labels, numbers))
+        )
+    chosen = jax.random.permutation(jax.random.fold_in(key, 2), n)[some].astype(jnp.int32)
+    return context.inputs[chosen], context.labels[chosen], chosen
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -165,7 +194,7 @@ def covariance_step(
     return curvature.add_covariances(found, sources, context.params, state, samples, key, config.chunk)
 
 
-_eigenbases = jax.jit(curvature.eigenbases)
+_eigenbases = jax.jit(curvature.eigenbases, static_argnums=1)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from dualxda_jax import _check
 from dualxda_jax.baselines.gradients import map_chunks
 from dualxda_jax.baselines.influence import checks, hvp
-from dualxda_jax.baselines.protocol import Context, Method
+from dualxda_jax.baselines.protocol import Context, Method, check_queries
 from dualxda_jax.baselines.select import Filter
 from dualxda_jax.types import Array
 
@@ -83,8 +83,8 @@ def influence_explicit(
         return Fitted(context, factor, inverses)
 
     def scores(fitted: Fitted, x: Array, targets: Array) -> Array:
-        checks.queries(fitted.context, x, targets)
-        return checks.finite_scores(_scores(config, fitted, jnp.asarray(x), jnp.asarray(targets)))
+        targets = check_queries(fitted.context, x, targets)
+        return checks.finite_scores(_scores(config, fitted, jnp.asarray(x), targets))
 
     def self_influence(fitted: Fitted) -> Array:
         return checks.finite_samples(_self_influence(config, fitted))

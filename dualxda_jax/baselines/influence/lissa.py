@@ -10,7 +10,7 @@ import numpy as np
 from dualxda_jax import _check
 from dualxda_jax.baselines.gradients import map_chunks
 from dualxda_jax.baselines.influence import checks, hvp
-from dualxda_jax.baselines.protocol import Context, Method
+from dualxda_jax.baselines.protocol import Context, Method, check_queries
 from dualxda_jax.baselines.select import Filter
 from dualxda_jax.types import Array
 
@@ -92,8 +92,8 @@ def influence_lissa(
         return Fitted(context, key)
 
     def scores(fitted: Fitted, x: Array, targets: Array) -> Array:
-        checks.queries(fitted.context, x, targets)
-        result, growth = _scores(config, fitted, jnp.asarray(x), jnp.asarray(targets))
+        targets = check_queries(fitted.context, x, targets)
+        result, growth = _scores(config, fitted, jnp.asarray(x), targets)
         _report(config, growth)
         return checks.finite_scores(result)
 
