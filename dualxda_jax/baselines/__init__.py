@@ -11,6 +11,13 @@ from collections.abc import Callable
 
 from dualxda_jax.baselines.control import random
 from dualxda_jax.baselines.dualda import dualda
+from dualxda_jax.baselines.influence import (
+    influence_arnoldi,
+    influence_cg,
+    influence_ekfac,
+    influence_explicit,
+    influence_lissa,
+)
 from dualxda_jax.baselines.products import gradcos, graddot, tracin
 from dualxda_jax.baselines.protocol import Context, Method, Stages, context
 from dualxda_jax.baselines.representer import NotStationaryWarning, representer
@@ -22,6 +29,11 @@ METHODS: dict[str, Callable[[], Method]] = {
     "dualda": dualda,
     "graddot": graddot,
     "gradcos": gradcos,
+    "influence_arnoldi": influence_arnoldi,
+    "influence_cg": influence_cg,
+    "influence_ekfac": influence_ekfac,
+    "influence_explicit": influence_explicit,
+    "influence_lissa": influence_lissa,
     "random": random,
     "representer": representer,
     "similarity": similarity,
@@ -41,6 +53,11 @@ __all__ = [
     "fit_resumable",
     "gradcos",
     "graddot",
+    "influence_arnoldi",
+    "influence_cg",
+    "influence_ekfac",
+    "influence_explicit",
+    "influence_lissa",
     "random",
     "representer",
     "scores_to",
