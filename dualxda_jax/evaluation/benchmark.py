@@ -44,7 +44,7 @@ METRICS = {
     name: Metric(name, title, higher, says)
     for name, title, higher, says in (
         ("class", "Class detection", True, "share of the 5 top samples that carry the predicted class"),
-        ("subclass", "Subclass detection", True, "the same for the true fine class, of a network trained on merged ones"),
+        ("subclass", "Subclass detection", True, "the same for the true fine class, after training on merged ones"),
         ("shortcut", "Shortcut detection", True, "average precision of the scores in finding the training samples that "
          "carry a mark, over queries that the mark misled"),
         ("mislabel", "Mislabelling detection", True, "how early flipped labels are met by falling self-influence: "
@@ -120,7 +120,7 @@ def score_blocks(
         xs, ts = jnp.asarray(np.asarray(x)[take]), jnp.asarray(np.asarray(targets)[take], jnp.int32)
         if start == 0:
             jax.block_until_ready(method.scores(fitted, xs, ts))
-        found, seconds = _timed(lambda xs=xs, ts=ts: method.scores(fitted, xs, ts))  # type: ignore[misc]
+        found, seconds = _timed(lambda xs=xs, ts=ts: method.scores(fitted, xs, ts))
         found = found[: part.stop - start]
         bad = np.flatnonzero(~np.isfinite(np.asarray(found, np.float32)).all(axis=1))
         if bad.size:
