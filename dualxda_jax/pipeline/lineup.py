@@ -81,7 +81,13 @@ _ENTRIES: dict[str, dict[str, tuple[Entry, ...]]] = {
         "": tuple(Entry(f"dualda-1e-{digit}", "dualda", (("cost", 10.0**-digit),)) for digit in (5, 3, 1)),
     },
     "influence_arnoldi": {
-        "small": (Entry("arnoldi", "influence_arnoldi", (("rank", 32), ("krylov", 40), ("samples", 1_000))),),
+        "small": (
+            Entry(
+                "arnoldi",
+                "influence_arnoldi",
+                (("params", "head"), ("rank", 64), ("krylov", 100), ("samples", 2_000)),
+            ),
+        ),
         "paper": (Entry("arnoldi", "influence_arnoldi"),),
     },
     "influence_ekfac": {"": (Entry("ekfac", "influence_ekfac"),)},
