@@ -175,8 +175,7 @@ def _fit(config: Config, regularization: float, key: Array, context: Context) ->
     if n > config.samples:
         chosen = jax.random.permutation(draw, n)[: config.samples]
         samples = context.inputs[chosen], context.labels[chosen]
-    dtype = jnp.result_type(*jax.tree.leaves(context.params))
-    start = jax.random.normal(begin, (hvp.size(context, config),), dtype)
+    start = jax.random.normal(begin, (hvp.size(context, config),), hvp.dtype(context))
     basis, projected, count = iterate(
         lambda v: hvp.product(context, config, v[None], samples)[0],
         start,

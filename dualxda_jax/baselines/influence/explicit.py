@@ -95,10 +95,9 @@ def influence_explicit(
 def _damped(config: hvp.Config, context: Context) -> Array:
     """H + λ, symmetric to the last bit."""
     p = hvp.size(context, config)
-    dtype = jnp.result_type(*jax.tree.leaves(context.params))
 
     def columns(places: Array) -> Array:
-        return hvp.product(context, config, jax.nn.one_hot(places, p, dtype=dtype))
+        return hvp.product(context, config, jax.nn.one_hot(places, p, dtype=hvp.dtype(context)))
 
     matrix = map_chunks(columns, (jnp.arange(p, dtype=jnp.int32),), _COLUMNS)
     return (matrix + matrix.T) / 2
