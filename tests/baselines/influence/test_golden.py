@@ -12,8 +12,8 @@ from dualxda_jax import baselines
 FILE = pathlib.Path(__file__).parents[2] / "golden" / "influence_cnn.npz"
 EKFAC = {"damping": 1e-3, "fisher": "empirical"}
 METHODS = {
-    "explicit": baselines.influence_explicit(damping=0.05, inverse="eigh"),
-    "cg": baselines.influence_cg(damping=0.05, tolerance=1e-9),
+    "explicit": baselines.influence_explicit(damping=0.05),
+    "cg": baselines.influence_cg(damping=0.05, hessian="exact", tolerance=1e-9),
     "arnoldi": baselines.influence_arnoldi(
         params="head", rank=8, krylov=36, regularization=0.01, tolerance=1e-9, inverse_tolerance=0.0
     ),

@@ -84,7 +84,7 @@ def truth(logistic_truth):
     ("method", "bound"),
     [
         (baselines.influence_explicit(damping=DAMPING), 1e-5),
-        (baselines.influence_explicit(damping=DAMPING, inverse="eigh", hessian="ggn", chunk=7), 1e-5),
+        (baselines.influence_explicit(damping=DAMPING, hessian="ggn", chunk=7), 1e-5),
         (baselines.influence_cg(damping=DAMPING, tolerance=1e-6, chunk=11, vectors=4), 1e-5),
         # Every direction, at a tolerance of zero: the whole spectrum.
         (
@@ -96,7 +96,7 @@ def truth(logistic_truth):
         # 5% of the largest score: batches of 30 draws from 30 samples, 20 runs of 800 steps.
         (baselines.influence_lissa(damping=DAMPING, scale=2.0, depth=800, repeats=20, batch=30), 5e-2),
     ],
-    ids=["explicit", "explicit-eigh-ggn", "cg", "arnoldi", "lissa"],
+    ids=["explicit", "explicit-ggn", "cg", "arnoldi", "lissa"],
 )
 def test_logistic_regression_by_the_explicit_inverse(method, bound, logistic, truth):
     scores, own = run(method, logistic)
@@ -231,11 +231,7 @@ def test_lissa_growth_is_bounded_by_contractions(logistic):
 
 def test_singular_hessians(logistic):
     """Softmax does not see a common shift of the logits, so that the Hessian is singular."""
-    context, _, _ = logistic
-    blank = dataclasses.replace(context, inputs=jnp.zeros_like(context.inputs))
-    with pytest.raises(ValueError, match=r"damping: got 0\.0, must be large enough"):
-        baselines.influence_explicit(damping=0.0).fit(KEY, blank)
-    scores, own = run(baselines.influence_explicit(damping=0.0, inverse="eigh"), logistic)
+    scores, own = run(baselines.influence_explicit(damping=0.0), logistic)
     solved, _ = run(baselines.influence_cg(damping=0.0, tolerance=1e-6), logistic)
     # Gradients have no part in the null space, so the pseudo-inverse and conjugate gradients agree.
     assert relative_error(solved, np.asarray(scores)) < 1e-3
@@ -250,14 +246,22 @@ def test_negative_curvature_is_reported():
 
     context = baselines.context(linear, params, x, y, num_classes=3, loss=saddle)
     query, targets = jnp.asarray(x[:3]), jnp.asarray(y[:3])
-    with pytest.raises(ValueError, match="damping"):
-        baselines.influence_explicit(damping=1e-3).fit(KEY, context)
-    method = baselines.influence_cg(damping=1e-3)
+    method = baselines.influence_cg(damping=1e-3, hessian="exact")
     with pytest.warns(influence.NotConvergedWarning, match="3 of 3 solves missed the tolerance, 3 of them at negative"):
         scores = method.scores(method.fit(KEY, context), query, targets)
     assert np.isfinite(np.asarray(scores)).all()
-    method = baselines.influence_explicit(damping=1e-3, inverse="eigh")
-    assert np.isfinite(np.asarray(method.scores(method.fit(KEY, context), query, targets))).all()
+    # The explicit inverse takes them as they are: 2 EE, -2 EE and 0 for the three outputs, E = mean of (1, x)(1, x)ᵀ.
+    extended = np.concatenate([np.ones((30, 1)), x], axis=1).astype(np.float64)
+    layer = {k: np.asarray(v, np.float64) for k, v in params["head"].items()}
+    logits = x @ layer["kernel"] + layer["bias"]
+    slopes = np.stack([2 * logits[:, 0], -2 * logits[:, 1], y + 1.0], axis=1)
+    expected = 0.0
+    for output, curvature in enumerate((2.0, -2.0, 0.0)):
+        inverse = np.linalg.inv(curvature * extended.T @ extended / 30 + 0.1 * np.eye(5))
+        gradients = extended * slopes[:, output : output + 1]
+        expected = expected + gradients[:3] @ inverse @ gradients.T
+    method = baselines.influence_explicit(damping=0.1)
+    assert relative_error(method.scores(method.fit(KEY, context), query, targets), expected) < 1e-4
 
 
 def test_conjugate_gradients_say_when_they_run_out_of_iterations(logistic):
@@ -276,7 +280,6 @@ def test_conjugate_gradients_say_when_they_run_out_of_iterations(logistic):
     [
         (lambda: baselines.influence_explicit(damping=-1.0), "damping: got -1.0"),
         (lambda: baselines.influence_explicit(hessian="fisher"), "hessian: got 'fisher'"),
-        (lambda: baselines.influence_explicit(inverse="lu"), "inverse: got 'lu'"),
         (lambda: baselines.influence_cg(tolerance=0.0), "tolerance: got 0.0"),
         (lambda: baselines.influence_cg(max_iterations=0), "max_iterations: got 0"),
         (lambda: baselines.influence_lissa(depth=0), "depth: got 0"),
@@ -298,8 +301,8 @@ def test_bad_options(make, message):
         (baselines.influence_explicit(params="tail"), "params: got 'tail'"),
         (baselines.influence_cg(params="tail"), "params: got 'tail'"),
         (baselines.influence_lissa(params="tail"), "params: got 'tail'"),
-        (baselines.influence_arnoldi(rank=16, krylov=20), "rank: got 16, must be at most 15"),
-        (baselines.influence_arnoldi(rank=8, krylov=20), "krylov: got 20, must be at most 15"),
+        (baselines.influence_arnoldi(rank=16), "rank: got 16, must be at most 15"),
+        (baselines.influence_arnoldi(krylov=20), "krylov: got 20, must be at most 15"),
         (
             baselines.influence_arnoldi(rank=2, krylov=4, inverse_tolerance=50.0),
             "inverse_tolerance: got 50.0, must be below the largest",
