@@ -170,28 +170,29 @@ def _compute_part(config: Config, context: Context, params: Any, key: Array) -> 
 
 def _scores(config: Config, fitted: Fitted, x: Array, targets: Array) -> Array:
     targets = check_queries(fitted.context, x, targets)
-    values = _compute_scores(config, fitted, jnp.asarray(x), targets)
-    gradients.check_finite("scores", values)
-    return values
+    total: Any = 0
+    for number, part in enumerate(fitted.parts):
+        params = take_checkpoint(config.checkpoints, fitted.context, number)
+        key = jax.random.fold_in(fitted.key, number)
+        # One compiled function for all checkpoints.
+        values = _products(config, fitted.context, params, key, part, jnp.asarray(x), targets)
+        total += values * _rate(config, fitted.context, number).astype(values.dtype)
+    total = total / len(fitted.parts)
+    gradients.check_finite("scores", total)
+    return total
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _compute_scores(config: Config, fitted: Fitted, x: Array, targets: Array) -> Array:
-    context = fitted.context
-    total: Any = 0
-    for number, part in enumerate(fitted.parts):
-        params = take_checkpoint(config.checkpoints, context, number)
-        key = jax.random.fold_in(fitted.key, number)
-        one = functools.partial(gradient_features, config, context.loss, context, params, key)
-        chunk = chunk_size(config, context.loss, context, params)
-        query = gradients.map_chunks(one, (x, targets), chunk)
-        values = _against(one, query, part["rows"], context, chunk)
-        if config.cosine:
-            values *= _inverse_root(rows.squared_norms(query))[:, None] * _inverse_root(part["norms"])[None, :]
-        if config.weighted:
-            values *= _rate(config, context, number).astype(values.dtype)
-        total += values
-    return total / len(fitted.parts)
+def _products(
+    config: Config, context: Context, params: Any, key: Array, part: dict[str, Any], x: Array, targets: Array
+) -> Array:
+    one = functools.partial(gradient_features, config, context.loss, context, params, key)
+    chunk = chunk_size(config, context.loss, context, params)
+    query = gradients.map_chunks(one, (x, targets), chunk)
+    values = _against(one, query, part["rows"], context, chunk)
+    if not config.cosine:
+        return values
+    return values * _inverse_root(rows.squared_norms(query))[:, None] * _inverse_root(part["norms"])[None, :]
 
 
 def _against(one: Any, query: Any, kept: Any, context: Context, chunk: int) -> Array:
@@ -206,12 +207,14 @@ def _inverse_root(squares: Array) -> Array:
 
 
 def _rate(config: Config, context: Context, number: int) -> Array:
+    """Weight of a checkpoint."""
+    if not config.weighted:
+        return jnp.ones((), jnp.float32)
     return context.learning_rates[len(context.checkpoints) - count_checkpoints(config.checkpoints, context) + number]
 
 
 def _self_influence(config: Config, fitted: Fitted) -> Array:
     total: Any = 0
     for number, part in enumerate(fitted.parts):
-        norms = part["norms"]
-        total += norms * _rate(config, fitted.context, number).astype(norms.dtype) if config.weighted else norms
+        total += part["norms"] * _rate(config, fitted.context, number).astype(part["norms"].dtype)
     return total / len(fitted.parts)

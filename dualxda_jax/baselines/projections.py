@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dualxda_jax import _check
-from dualxda_jax.baselines.rows import Outer, Rows, accumulator
+from dualxda_jax.baselines.rows import Outer, Rows, accumulator, flat
 from dualxda_jax.types import Array
 
 KINDS = ("gaussian", "rademacher", "sjlt")
@@ -70,15 +70,21 @@ def project(key: Array, projection: Projection, rows: Rows) -> Array:
     Returns:
         [b, P] in float32, or float64 where the gradients are.
     """
-    dtype = accumulator(rows)
-    one = functools.partial(_sketch if projection.kind == "sjlt" else _dense, dtype=dtype)
-    keys = (jax.random.fold_in(key, i) for i in range(len(rows)))
-    return functools.reduce(
-        jnp.add, (one(k, projection, rows[name]) for k, name in zip(keys, sorted(rows), strict=True))
-    )
+    return (_sketched if projection.kind == "sjlt" else _dense)(key, projection, rows, accumulator(rows))
 
 
-def _dense(key: Array, projection: Projection, entry: Array | Outer, *, dtype: jnp.dtype) -> Array:
+def _dense(key: Array, projection: Projection, rows: Rows, dtype: jnp.dtype) -> Array:
+    # Matrices one by one, all else together: every loop costs time to compile.
+    entries = [rows[name] for name in sorted(rows) if _is_matrix(rows[name])]
+    others = {name: entry for name, entry in rows.items() if not _is_matrix(entry)}
+    if others:
+        entries.append(flat(others)[:, :, None])
+    keys = (jax.random.fold_in(key, i) for i in range(len(entries)))
+    parts = (_blockwise(k, projection, entry, dtype) for k, entry in zip(keys, entries, strict=True))
+    return functools.reduce(jnp.add, parts)
+
+
+def _blockwise(key: Array, projection: Projection, entry: Array | Outer, dtype: jnp.dtype) -> Array:
     parameters = math.prod(_shape(entry))
     block = min(parameters, max(1, _BLOCK // projection.size))
     scale = 1 / math.sqrt(projection.size)
@@ -115,12 +121,20 @@ def _columns(entry: Array | Outer, index: Array) -> Array:
     return jnp.take(values, index, axis=1, mode="fill", fill_value=0)
 
 
-def _sketch(key: Array, projection: Projection, entry: Array | Outer, *, dtype: jnp.dtype) -> Array:
-    size = projection.size
-    height, width = _shape(entry)
-    place, sign = (jax.random.fold_in(key, i) for i in range(2))
-    places = [jax.random.randint(jax.random.fold_in(place, i), (m,), 0, size) for i, m in enumerate((height, width))]
-    signs = [jax.random.rademacher(jax.random.fold_in(sign, i), (m,), dtype) for i, m in enumerate((height, width))]
+def _sketched(key: Array, projection: Projection, rows: Rows, dtype: jnp.dtype) -> Array:
+    shapes = {name: _shape(rows[name]) for name in sorted(rows)}
+    # One draw for all parameters: its lowest bit is the sign, the others are the place.
+    words = jax.random.bits(key, (sum(sum(shape) for shape in shapes.values()),), jnp.uint32)
+    parts = []
+    for name, (height, width) in shapes.items():
+        of_rows, of_columns, words = words[:height], words[height : height + width], words[height + width :]
+        parts.append(_sketch(rows[name], (of_rows, of_columns), projection.size, dtype))
+    return functools.reduce(jnp.add, parts)
+
+
+def _sketch(entry: Array | Outer, words: tuple[Array, Array], size: int, dtype: jnp.dtype) -> Array:
+    places = [((w >> 1) % jnp.uint32(size)).astype(jnp.int32) for w in words]
+    signs = [1 - 2 * (w & 1).astype(dtype) for w in words]
 
     def count_sketch(values: Array, places: Array, signs: Array) -> Array:
         signed = values.astype(dtype) * signs[None, :]
@@ -131,6 +145,10 @@ def _sketch(key: Array, projection: Projection, entry: Array | Outer, *, dtype: 
         return jnp.fft.irfft(jnp.fft.rfft(left) * jnp.fft.rfft(right), n=size)
     both = ((places[0][:, None] + places[1][None, :]) % size).reshape(-1)
     return count_sketch(entry.reshape(entry.shape[0], -1), both, (signs[0][:, None] * signs[1][None, :]).reshape(-1))
+
+
+def _is_matrix(entry: Array | Outer) -> bool:
+    return isinstance(entry, Outer) or entry.ndim == 3
 
 
 def _shape(entry: Array | Outer) -> tuple[int, int]:

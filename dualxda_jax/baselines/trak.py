@@ -73,7 +73,8 @@ def trak(
     The reference code divides each checkpoint's inverse by its mean absolute entry; here, as in the paper, it does not.
 
     Args:
-        projection: P; None takes 2,048, or no projection where there are no more parameters than that.
+        projection: P; None takes 2,048 or n/2, whichever is less (with as many dimensions as samples the kernel is
+            nearly singular and scores are noise), and no projection where there are no more parameters than that.
         projection_kind: "sjlt", "rademacher" or "gaussian"; see `projections`.
         regularization: λ.
         params: which parameters take part: "all", "head", a shell pattern on paths, or a tuple of these.
@@ -104,9 +105,11 @@ def trak(
 
 def _resolved(config: Config, default: Projection, context: Context, params: Any) -> Config:
     """The configuration with the projection that these parameters get."""
-    selection = select.select(params, config.params, head=context.head)
-    fits = parameters(selection, params) > default.size
-    return dataclasses.replace(config, projection=default) if config.projection is None and fits else config
+    if config.projection is not None:
+        return config
+    count = parameters(select.select(params, config.params, head=context.head), params)
+    size = max(1, min(default.size, context.labels.shape[0] // 2))
+    return dataclasses.replace(config, projection=dataclasses.replace(default, size=size)) if count > size else config
 
 
 def _features(config: Config, context: Context, params: Any, key: Array, x: Array, labels: Array) -> Array:
@@ -144,14 +147,21 @@ def _compute_features(config: Config, context: Context, params: Any, key: Array)
 def _solve(features: Array, regularization: float) -> tuple[Array, Array]:
     """Φ (ΦᵀΦ + λI)⁺ and the diagonal of Φ (ΦᵀΦ + λI)⁺ Φᵀ."""
     wide = features.astype(jnp.float64)
-    values, vectors = jnp.linalg.eigh(wide.T @ wide)
+    few = wide.shape[0] < wide.shape[1]
+    # With fewer samples than dimensions by (ΦΦᵀ + λI)⁺ Φ, which is the same and smaller.
+    values, vectors = jnp.linalg.eigh(wide @ wide.T if few else wide.T @ wide)
     # Rounding of the features leaves singular values of this size in directions that none of them has.
     noise = float(jnp.finfo(features.dtype).eps) * math.sqrt(max(features.shape))
     kept = values > noise**2 * jnp.maximum(values[-1], 0)
     inverse = jnp.where(kept, 1 / jnp.where(kept, values + regularization, 1), 0)
-    turned = wide @ vectors
-    solved = (turned * inverse[None, :]) @ vectors.T
-    return solved.astype(features.dtype), (jnp.square(turned) @ inverse).astype(features.dtype)
+    if few:
+        solved = (vectors * inverse[None, :]) @ (vectors.T @ wide)
+        leverage = jnp.square(vectors) @ (inverse * values)
+    else:
+        turned = wide @ vectors
+        solved = (turned * inverse[None, :]) @ vectors.T
+        leverage = jnp.square(turned) @ inverse
+    return solved.astype(features.dtype), leverage.astype(features.dtype)
 
 
 def _join(key: Array, context: Context, parts: tuple[dict[str, Array], ...]) -> Fitted:
@@ -161,23 +171,28 @@ def _join(key: Array, context: Context, parts: tuple[dict[str, Array], ...]) -> 
 
 def _scores(config: Config, default: Projection, fitted: Fitted, x: Array, targets: Array) -> Array:
     targets = check_queries(fitted.context, x, targets)
-    config = _resolved(config, default, fitted.context, fitted.context.params)
-    values = _compute_scores(config, fitted, jnp.asarray(x), targets)
-    gradients.check_finite("scores", values)
-    return values
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _compute_scores(config: Config, fitted: Fitted, x: Array, targets: Array) -> Array:
     context = fitted.context
+    config = _resolved(config, default, context, context.params)
     total: Any = 0
     for number, solved in enumerate(fitted.solved):
         params = take_checkpoint(config.checkpoints, context, number)
-        key = jax.random.fold_in(fitted.key, number)
-        chunk = chunk_size(config, margin, context, params)
-        one = functools.partial(_features, config, context, params, key)
-        total += rows.products(gradients.map_chunks(one, (x, targets), chunk), solved, solved.dtype)
-    return total / len(fitted.solved) * fitted.weights[None, :]
+        # One compiled function for all checkpoints.
+        total += _outputs(
+            config, context, params, jax.random.fold_in(fitted.key, number), solved, jnp.asarray(x), targets
+        )
+    total = total / len(fitted.solved) * fitted.weights[None, :]
+    gradients.check_finite("scores", total)
+    return total
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _outputs(
+    config: Config, context: Context, params: Any, key: Array, solved: Array, x: Array, targets: Array
+) -> Array:
+    """[q, n] φ(x)ᵀ (ΦᵀΦ + λI)⁻¹ φ_i at one checkpoint."""
+    chunk = chunk_size(config, margin, context, params)
+    one = functools.partial(_features, config, context, params, key)
+    return rows.products(gradients.map_chunks(one, (x, targets), chunk), solved, solved.dtype)
 
 
 def _self_influence(fitted: Fitted) -> Array:

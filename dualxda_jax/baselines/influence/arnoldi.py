@@ -15,6 +15,7 @@ from dualxda_jax.baselines.select import Filter
 from dualxda_jax.types import Array
 
 _HIGHEST = jax.lax.Precision.HIGHEST
+_RANK, _KRYLOV = 128, 150
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Fitted:
 def influence_arnoldi(
     *,
     params: Filter = "all",
-    rank: int = 128,
-    krylov: int = 150,
+    rank: int | None = None,
+    krylov: int | None = None,
     samples: int = 10_000,
     tolerance: float = 0.1,
     regularization: float = 1e-3,
@@ -67,8 +68,9 @@ def influence_arnoldi(
 
     Args:
         params: which parameters, see `select`; the others count as fixed.
-        rank: how many eigenvectors to keep.
-        krylov: steps of the iteration, each one product with the Hessian; the basis takes krylov · p numbers.
+        rank: how many eigenvectors to keep; None for 128, or as many as there can be.
+        krylov: steps of the iteration, each one product with the Hessian; the basis takes krylov · p numbers. None
+            for 150, or the number of parameters if that is less.
         samples: how many training samples the Hessian is the mean of, drawn at random if there are more.
         tolerance: the iteration ends where the next direction is shorter than this before it is normalised.
         regularization: added to the eigenvalues.
@@ -90,18 +92,21 @@ def influence_arnoldi(
     for name, value in reals.items():
         checks.nonnegative(name, value)
     for name, number in {"rank": rank, "krylov": krylov, "samples": samples, "chunk": chunk}.items():
-        checks.positive_integer(name, number)
-    if rank > krylov:
-        _check.fail("rank", rank, f"at most krylov={krylov}")
+        if number is not None:
+            checks.positive_integer(name, number)
+    if rank is not None and rank > (krylov or _KRYLOV):
+        _check.fail("rank", rank, f"at most krylov={krylov or _KRYLOV}")
     # The regularisation shifts eigenvalues and leaves the iteration as it is.
-    config = Config(params, hessian, 0.0, chunk, 1, rank, krylov, samples, tolerance, inverse_tolerance)
+    config = Config(params, hessian, 0.0, chunk, 1, 0, 0, samples, tolerance, inverse_tolerance)
 
     def fit(key: Array, context: Context) -> Fitted:
         p = hvp.size(context, config)
         for name, number in (("rank", rank), ("krylov", krylov)):
-            if number > p:
+            if number is not None and number > p:
                 _check.fail(name, number, f"at most {p}, the number of parameters")
-        fitted = _fit(config, regularization, key, context)
+        steps = krylov or min(_KRYLOV, p)
+        sized = dataclasses.replace(config, krylov=steps, rank=rank or min(_RANK, steps))
+        fitted = _fit(sized, regularization, key, context)
         if not _check.is_traced(fitted.inverses) and not bool((fitted.inverses > 0).any()):
             _check.fail(
                 "inverse_tolerance", inverse_tolerance, "below the largest eigenvalue of the Hessian, regularised"
@@ -175,8 +180,7 @@ def _fit(config: Config, regularization: float, key: Array, context: Context) ->
     if n > config.samples:
         chosen = jax.random.permutation(draw, n)[: config.samples]
         samples = context.inputs[chosen], context.labels[chosen]
-    dtype = jnp.result_type(*jax.tree.leaves(context.params))
-    start = jax.random.normal(begin, (hvp.size(context, config),), dtype)
+    start = jax.random.normal(begin, (hvp.size(context, config),), hvp.dtype(context))
     basis, projected, count = iterate(
         lambda v: hvp.product(context, config, v[None], samples)[0],
         start,

@@ -44,7 +44,7 @@ def influence_cg(
     *,
     params: Filter = "all",
     damping: float = 1e-3,
-    hessian: str = "exact",
+    hessian: str = "ggn",
     tolerance: float = 1e-5,
     max_iterations: int = 200,
     chunk: int = 512,
@@ -59,7 +59,8 @@ def influence_cg(
     Args:
         params: which parameters, see `select`; the others count as fixed.
         damping: λ, added to the diagonal.
-        hessian: "exact", or "ggn" for the Gauss-Newton matrix, which is never indefinite for cross-entropy.
+        hessian: "ggn" for the Gauss-Newton matrix, which is never indefinite for cross-entropy, or "exact". The same
+            for a model whose logits are linear in the chosen parameters.
         tolerance: a solve ends at ‖(H + λ) s − g‖ ≤ tolerance · ‖g‖.
         max_iterations: products with H for a solve, at most.
         chunk: samples at a time in a product with H.

@@ -1,6 +1,7 @@
 """Checks that the influence functions share. Values are looked at outside of a trace only."""
 
 import math
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -36,15 +37,16 @@ def one_of(argument: str, value: str, names: tuple[str, ...]) -> None:
 
 
 def finite_scores(scores: Array) -> Array:
-    """Hand scores [q, n] on; NaN or Inf in them name the training sample or the query that they come from."""
+    """Hand scores [q, n] on; NaN or Inf in them name the queries or the training samples that they come from."""
     if _check.is_traced(scores) or bool(jnp.isfinite(scores).all()):
         return scores
     fine = np.isfinite(np.asarray(scores))
-    samples = np.flatnonzero(~fine.any(axis=0))
-    if len(samples) < fine.shape[1]:
-        _fail("gradients of the training samples", samples if len(samples) else np.flatnonzero(~fine.all(axis=0)))
-    _fail("gradients of the queries", np.flatnonzero(~fine.any(axis=1)))
-    return scores
+    if not fine.any():
+        _check.fail("scores", "NaN or Inf everywhere", "finite")
+    queries, samples = ~fine.any(axis=1), ~fine.any(axis=0)
+    if queries.any():
+        _fail("gradients of the queries", np.flatnonzero(queries))
+    _fail("gradients of the training samples", np.flatnonzero(samples if samples.any() else ~fine.all(axis=0)))
 
 
 def finite_samples(values: Array) -> Array:
@@ -54,7 +56,7 @@ def finite_samples(values: Array) -> Array:
     return values
 
 
-def _fail(argument: str, places: np.ndarray) -> None:
+def _fail(argument: str, places: np.ndarray) -> NoReturn:
     first = ", ".join(map(str, places[:5]))
     _check.fail(argument, f"NaN or Inf at {len(places)} (first: {first})", "finite")
 

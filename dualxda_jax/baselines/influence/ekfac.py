@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from dualxda_jax import _check
 from dualxda_jax.baselines.gradients import map_chunks
-from dualxda_jax.baselines.influence import checks, curvature, layers
+from dualxda_jax.baselines.influence import checks, curvature, hvp, layers
 from dualxda_jax.baselines.influence.curvature import State
 from dualxda_jax.baselines.influence.layers import Layers
 from dualxda_jax.baselines.protocol import Context, Method, Stages, check_queries, staged
@@ -38,15 +38,22 @@ Bases = dict[str, dict[str, Array]]
 
 
 @dataclasses.dataclass(frozen=True)
+class Compiled:
+    """The hyper-parameters of `influence_ekfac` that compiled functions depend on."""
+
+    params: Filter
+    fisher: str
+    chunk: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Hyper-parameters of `influence_ekfac`, see there."""
 
-    params: Filter
+    compiled: Compiled
     damping: float | None
-    fisher: str
     kfac: bool
     max_samples: int
-    chunk: int
 
 
 @jax.tree_util.register_dataclass
@@ -103,14 +110,14 @@ def influence_ekfac(
     checks.one_of("fisher", fisher, tuple(curvature.SOURCES))
     checks.positive_integer("max_samples", max_samples)
     checks.positive_integer("chunk", chunk)
-    config = Config(params, damping, fisher, kfac, max_samples, chunk)
+    config = Config(Compiled(params, fisher, chunk), damping, kfac, max_samples)
 
     def scores(fitted: Fitted, x: Array, targets: Array) -> Array:
         targets = check_queries(fitted.context, x, targets)
-        return checks.finite_scores(_scores(config, fitted, jnp.asarray(x), targets))
+        return checks.finite_scores(_scores(config.compiled, damping, fitted, jnp.asarray(x), targets))
 
     def self_influence(fitted: Fitted) -> Array:
-        return checks.finite_samples(_self_influence(config, fitted))
+        return checks.finite_samples(_self_influence(config.compiled, damping, fitted))
 
     stages = Stages(config, functools.partial(_count, config), functools.partial(_part, config), _join)
     return staged("influence_kfac" if kfac else "influence_ekfac", stages, scores, self_influence)
@@ -134,23 +141,20 @@ def _count(config: Config, context: Context) -> int:
 def _part(config: Config, key: Array, context: Context, earlier: tuple[Any, ...]) -> Any:
     """The sums of a pass up to the next block, or what comes of them."""
     blocks, number = _blocks(config, context), len(earlier)
-    _find(context, config.params)
-    total = min(context.inputs.shape[0], config.max_samples)
-    if number < blocks:
-        state = covariance_step(
-            config, context, key, earlier[-1] if number else None, _samples(config, key, context, number)
-        )
-    elif number == blocks:
-        return _eigenbases(earlier[-1], total)
+    found, dtype = _find(context, config.compiled.params), hvp.dtype(context)
+    count = min(context.inputs.shape[0], config.max_samples)
+    if number == blocks:
+        return _eigenbases(earlier[-1], count)
+    first, block = number < blocks, number % (blocks + 1)
+    samples = _samples(config, key, context, block)
+    if first:
+        state = earlier[-1] if block else curvature.start_covariances(found, dtype)
+        state = covariance_step(config.compiled, context, key, state, samples)
     else:
-        number -= blocks + 1
-        state = earlier[-1] if number else None
-        state = eigenvalue_step(config, context, key, earlier[blocks], state, _samples(config, key, context, number))
-        if number == blocks - 1:
-            checks.finite_state(state["bad"])
-            return corrected(earlier[blocks], state, total)
+        state = earlier[-1] if block else curvature.start_eigenvalues(found, dtype)
+        state = eigenvalue_step(config.compiled, context, key, earlier[blocks], state, samples)
     checks.finite_state(state["bad"])
-    return state
+    return corrected(earlier[blocks], state, count) if not first and block == blocks - 1 else state
 
 
 def _join(key: Array, context: Context, parts: tuple[Any, ...]) -> Fitted:
@@ -172,24 +176,17 @@ def _samples(config: Config, key: Array, context: Context, block: int) -> tuple[
     """Inputs, labels and numbers of one block of the samples that the curvature is taken over."""
     n, some = context.inputs.shape[0], slice(block * _BLOCK, min((block + 1) * _BLOCK, config.max_samples))
     if n <= config.max_samples:
-        numbers = jnp.arange(n, dtype=jnp.int32)
-        return (
-            (context.inputs, context.labels, numbers)
-            if n <= _BLOCK
-            else tuple(a[some] for a in (context.inputs, context.labels, numbers))
-        )
+        every = context.inputs, context.labels, jnp.arange(n, dtype=jnp.int32)
+        return every if n <= _BLOCK else tuple(array[some] for array in every)
     chosen = jax.random.permutation(jax.random.fold_in(key, 2), n)[some].astype(jnp.int32)
     return context.inputs[chosen], context.labels[chosen], chosen
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def covariance_step(
-    config: Config, context: Context, key: Array, state: State | None, samples: tuple[Array, ...]
-) -> State:
-    """The first pass over some samples; state None starts it."""
+def covariance_step(config: Compiled, context: Context, key: Array, state: State, samples: tuple[Array, ...]) -> State:
+    """The first pass over some more samples."""
     found = _find(context, config.params)
     sources = curvature.SOURCES[config.fisher](context.loss)
-    state = curvature.start_covariances(found, _dtype(context)) if state is None else state
     key = jax.random.fold_in(key, 0)
     return curvature.add_covariances(found, sources, context.params, state, samples, key, config.chunk)
 
@@ -199,12 +196,11 @@ _eigenbases = jax.jit(curvature.eigenbases, static_argnums=1)
 
 @functools.partial(jax.jit, static_argnums=0)
 def eigenvalue_step(
-    config: Config, context: Context, key: Array, bases: Bases, state: State | None, samples: tuple[Array, ...]
+    config: Compiled, context: Context, key: Array, bases: Bases, state: State, samples: tuple[Array, ...]
 ) -> State:
-    """The second pass over some samples; state None starts it."""
+    """The second pass over some more samples."""
     found = _find(context, config.params)
     sources = curvature.SOURCES[config.fisher](context.loss)
-    state = curvature.start_eigenvalues(found, _dtype(context)) if state is None else state
     key = jax.random.fold_in(key, 1)
     return curvature.add_eigenvalues(found, sources, context.params, bases, state, samples, key, config.chunk)
 
@@ -214,16 +210,12 @@ def corrected(bases: Bases, state: State, count: int) -> Bases:
     return {name: {**basis, "values": state["values"][name] / count} for name, basis in bases.items()}
 
 
-def _dtype(context: Context) -> Any:
-    return jnp.result_type(*jax.tree.leaves(context.params), jnp.float32)
-
-
-def _inverse(values: Array, damping: float | None) -> Array:
+def _inverse(values: Array, damping: Array | None) -> Array:
     """1 / (values + λ); 0 where there is neither curvature, up to rounding, nor damping."""
-    damped = values + (0.1 * jnp.mean(values) if damping is None else damping)
+    added = 0.1 * jnp.mean(values) if damping is None else jnp.asarray(damping, values.dtype)
     least = jnp.max(values) * float(jnp.finfo(values.dtype).eps) * max(values.shape)
-    known = damped > (least if damping == 0 else 0.0)
-    return jnp.where(known, 1.0 / jnp.where(known, damped, 1.0), 0.0)
+    known = values + added > jnp.where(added == 0, least, 0.0)
+    return jnp.where(known, 1.0 / jnp.where(known, values + added, 1.0), 0.0)
 
 
 def _gradients(context: Context, found: Layers, x: Array, labels: Array) -> list[tuple[Array, Array]]:
@@ -237,7 +229,7 @@ def _gradients(context: Context, found: Layers, x: Array, labels: Array) -> list
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _scores(config: Config, fitted: Fitted, x: Array, targets: Array) -> Array:
+def _scores(config: Compiled, damping: Array | None, fitted: Fitted, x: Array, targets: Array) -> Array:
     context, bases = fitted.context, fitted.bases
     found = _find(context, config.params)
     size = sum(layer.inputs * layer.outputs for layer in found.layers)
@@ -246,7 +238,7 @@ def _scores(config: Config, fitted: Fitted, x: Array, targets: Array) -> Array:
         held = []
         for layer, (a, delta) in zip(found.layers, _gradients(context, found, x, targets), strict=True):
             basis = bases[layer.name]
-            held.append(curvature.rotate(basis, a, delta) * _inverse(basis["values"], config.damping)[None])
+            held.append(curvature.rotate(basis, a, delta) * _inverse(basis["values"], damping)[None])
 
         def some_samples(x: Array, labels: Array) -> Array:
             total = jnp.zeros((len(x), len(held[0])), held[0].dtype)
@@ -272,13 +264,13 @@ def _products(basis: dict[str, Array], query: Array, a: Array, delta: Array) -> 
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _self_influence(config: Config, fitted: Fitted) -> Array:
+def _self_influence(config: Compiled, damping: Array | None, fitted: Fitted) -> Array:
     context, bases = fitted.context, fitted.bases
     found = _find(context, config.params)
-    inverses = {name: _inverse(basis["values"], config.damping) for name, basis in bases.items()}
+    inverses = {name: _inverse(basis["values"], damping) for name, basis in bases.items()}
 
     def some_samples(x: Array, labels: Array) -> Array:
-        total = jnp.zeros(len(x), _dtype(context))
+        total = jnp.zeros(len(x), hvp.dtype(context))
         for layer, (a, delta) in zip(found.layers, _gradients(context, found, x, labels), strict=True):
             gradient = curvature.rotate(bases[layer.name], a, delta)
             total += jnp.einsum("bio,bio,io->b", gradient, gradient, inverses[layer.name], precision=_HIGHEST)

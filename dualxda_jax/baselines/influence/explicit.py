@@ -24,13 +24,11 @@ class Fitted:
 
     Attributes:
         context: the network and its training set.
-        factor: [p, p] the lower Cholesky factor of H + λ, or the eigenvectors of H in columns.
-        inverses: [p] 1 / (eigenvalue + λ), or None with a Cholesky factor.
+        inverse: [p, p] (H + λ)⁻¹.
     """
 
     context: Context
-    factor: Array
-    inverses: Array | None
+    inverse: Array
 
 
 def influence_explicit(
@@ -38,7 +36,6 @@ def influence_explicit(
     params: Filter = "all",
     damping: float = 1e-3,
     hessian: str = "exact",
-    inverse: str = "cholesky",
     max_parameters: int = 20_000,
     chunk: int = 512,
 ) -> Method:
@@ -52,8 +49,6 @@ def influence_explicit(
         params: which parameters, see `select`; the others count as fixed.
         damping: λ, added to the diagonal.
         hessian: "exact", or "ggn" for the Gauss-Newton matrix, which is never indefinite for cross-entropy.
-        inverse: "cholesky" needs a positive definite H + λ; "eigh" inverts every eigenvalue of a symmetric one,
-            negative ones too, and leaves out directions in which H + λ vanishes up to rounding (the pseudo-inverse).
         max_parameters: how many parameters to accept; memory is their square.
         chunk: samples at a time.
 
@@ -61,13 +56,12 @@ def influence_explicit(
         Method "influence_explicit".
 
     Raises:
-        ValueError: a bad argument; and in `fit`: too many parameters, H + λ not positive definite under "cholesky".
+        ValueError: a bad argument; and in `fit`: too many parameters, NaN or Inf in the Hessian.
 
     Source: Koh and Liang 2017, arXiv 1703.04730.
     """
     checks.nonnegative("damping", damping)
     checks.one_of("hessian", hessian, hvp.HESSIANS)
-    checks.one_of("inverse", inverse, ("cholesky", "eigh"))
     checks.positive_integer("max_parameters", max_parameters)
     checks.positive_integer("chunk", chunk)
     config = hvp.Config(params, hessian, damping, chunk, _COLUMNS)
@@ -76,11 +70,10 @@ def influence_explicit(
         p = hvp.size(context, config)
         if p > max_parameters:
             _check.fail("params", f"{p} parameters", f"at most max_parameters={max_parameters} of them")
-        factor, inverses = (_cholesky if inverse == "cholesky" else _eigh)(config, context)
-        if inverses is None and not _check.is_traced(factor) and not bool(jnp.isfinite(factor).all()):
-            must = 'large enough to make H + damping positive definite (or use hessian="ggn" or inverse="eigh")'
-            _check.fail("damping", damping, must)
-        return Fitted(context, factor, inverses)
+        inverse = _invert(config, context)
+        if not _check.is_traced(inverse) and not bool(jnp.isfinite(inverse).all()):
+            _check.fail("context", "NaN or Inf in the Hessian", "finite inputs and parameters")
+        return Fitted(context, inverse)
 
     def scores(fitted: Fitted, x: Array, targets: Array) -> Array:
         targets = check_queries(fitted.context, x, targets)
@@ -95,34 +88,35 @@ def influence_explicit(
 def _damped(config: hvp.Config, context: Context) -> Array:
     """H + λ, symmetric to the last bit."""
     p = hvp.size(context, config)
-    dtype = jnp.result_type(*jax.tree.leaves(context.params))
 
     def columns(places: Array) -> Array:
-        return hvp.product(context, config, jax.nn.one_hot(places, p, dtype=dtype))
+        return hvp.product(context, config, jax.nn.one_hot(places, p, dtype=hvp.dtype(context)))
 
     matrix = map_chunks(columns, (jnp.arange(p, dtype=jnp.int32),), _COLUMNS)
     return (matrix + matrix.T) / 2
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _cholesky(config: hvp.Config, context: Context) -> tuple[Array, None]:
-    return jnp.linalg.cholesky(_damped(config, context)), None
+def _invert(config: hvp.Config, context: Context) -> Array:
+    matrix = _damped(config, context)
+    rounding = float(jnp.finfo(matrix.dtype).eps) * len(matrix)
+    factor = jnp.linalg.cholesky(matrix)
+    pivots = jnp.square(jnp.diagonal(factor))
+    # NaN where the matrix is not positive definite.
+    definite = jnp.min(pivots) > rounding * jnp.max(pivots)
 
+    def by_cholesky(matrix: Array, factor: Array) -> Array:
+        return jax.scipy.linalg.cho_solve((factor, True), jnp.eye(len(matrix), dtype=matrix.dtype))
 
-@functools.partial(jax.jit, static_argnums=0)
-def _eigh(config: hvp.Config, context: Context) -> tuple[Array, Array]:
-    values, vectors = jnp.linalg.eigh(_damped(config, context))
-    largest = jnp.max(jnp.abs(values))
-    known = jnp.abs(values) > largest * float(jnp.finfo(values.dtype).eps) * values.size
-    return vectors, jnp.where(known, 1.0 / jnp.where(known, values, 1.0), 0.0)
+    def by_eigenvalues(matrix: Array, factor: Array) -> Array:
+        values, vectors = jnp.linalg.eigh(matrix)
+        known = jnp.abs(values) > rounding * jnp.max(jnp.abs(values))
+        inverses = jnp.where(known, 1.0 / jnp.where(known, values, 1.0), 0.0)
+        # A NaN must not pass for a direction without curvature.
+        inverses = jnp.where(jnp.isfinite(matrix).all(), inverses, jnp.nan)
+        return jnp.matmul(vectors * inverses[None, :], vectors.T, precision=_HIGHEST)
 
-
-def _solve(fitted: Fitted, vectors: Array) -> Array:
-    """(H + λ)⁻¹ v for vectors [m, p]."""
-    if fitted.inverses is None:
-        return jax.scipy.linalg.cho_solve((fitted.factor, True), vectors.T).T
-    met = jnp.matmul(vectors, fitted.factor, precision=_HIGHEST) * fitted.inverses[None]
-    return jnp.matmul(met, fitted.factor.T, precision=_HIGHEST)
+    return jax.lax.cond(definite, by_cholesky, by_eigenvalues, matrix, factor)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -131,7 +125,7 @@ def _scores(config: hvp.Config, fitted: Fitted, x: Array, targets: Array) -> Arr
 
     def some(x: Array, targets: Array) -> Array:
         vectors = hvp.gradients(context, config, x, targets)
-        return hvp.against_training(context, config, _solve(fitted, vectors))
+        return hvp.against_training(context, config, jnp.matmul(vectors, fitted.inverse, precision=_HIGHEST))
 
     return map_chunks(some, (x, targets), config.chunk)
 
@@ -140,6 +134,6 @@ def _scores(config: hvp.Config, fitted: Fitted, x: Array, targets: Array) -> Arr
 def _self_influence(config: hvp.Config, fitted: Fitted) -> Array:
     def some(x: Array, labels: Array) -> Array:
         vectors = hvp.gradients(fitted.context, config, x, labels)
-        return jnp.sum(vectors * _solve(fitted, vectors), axis=1)
+        return jnp.sum(vectors * jnp.matmul(vectors, fitted.inverse, precision=_HIGHEST), axis=1)
 
     return map_chunks(some, (fitted.context.inputs, fitted.context.labels), config.chunk)

@@ -8,6 +8,7 @@ negative where the loss is convex in the logits. Samples and vectors are both ta
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -53,7 +54,13 @@ def size(context: Context, config: Config) -> int:
     return sum(leaf.size for leaf in selected(context, config).split(context.params)[0].values())
 
 
-def as_tree(vectors: Array, like: dict[str, Array]) -> dict[str, Array]:
+def dtype(context: Context) -> Any:
+    """What vectors and curvatures are held in: float64 where any parameter is, else float32."""
+    wide = any(jnp.result_type(leaf) == jnp.float64 for leaf in jax.tree.leaves(context.params))
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
+def as_tree(vectors: Array, like: Mapping[str, Array]) -> dict[str, Array]:
     """[..., p] -> path -> [..., *shape]."""
     tree, start = {}, 0
     for name in sorted(like):
@@ -64,9 +71,11 @@ def as_tree(vectors: Array, like: dict[str, Array]) -> dict[str, Array]:
     return tree
 
 
-def as_vector(tree: dict[str, Array], batch: int = 0) -> Array:
-    """Path -> [..., *shape] to [..., p] with `batch` leading axes."""
-    return jnp.concatenate([tree[name].reshape(*tree[name].shape[:batch], -1) for name in sorted(tree)], axis=-1)
+def as_vector(tree: Mapping[str, Array], batch: int = 0) -> Array:
+    """Path -> [..., *shape] to [..., p] with `batch` leading axes, in float32 or wider."""
+    wide = rows.accumulator(dict(tree))
+    parts = [tree[name].reshape(*tree[name].shape[:batch], -1).astype(wide) for name in sorted(tree)]
+    return jnp.concatenate(parts, axis=-1)
 
 
 def product(context: Context, config: Config, vectors: Array, samples: tuple[Array, Array] | None = None) -> Array:
@@ -127,7 +136,8 @@ def gradients(context: Context, config: Config, x: Array, labels: Array) -> Arra
     selection = selected(context, config)
 
     def some(x: Array, labels: Array) -> Array:
-        return rows.flat(per_sample(context.logits, context.loss, selection, context.params, x, labels))
+        found = per_sample(context.logits, context.loss, selection, context.params, x, labels, dtype=dtype(context))
+        return rows.flat(found)
 
     return map_chunks(some, (x, labels), config.chunk)
 

@@ -206,7 +206,8 @@ def factors(found: Layers, params: Params, x: Array, seeds: Seeds) -> list[tuple
         delta = [products.output_rows(v, *use) for v, use in zip(cotangent, uses, strict=True)]
         if layer.bias is not None:
             a = [jnp.concatenate([v, jnp.ones((v.shape[0], 1), v.dtype)], axis=1) for v in a]
-        result.append((jnp.concatenate(a, axis=0), jnp.concatenate(delta, axis=1)))
+        wide = jnp.float64 if a[0].dtype == jnp.float64 else jnp.float32
+        result.append((jnp.concatenate(a, axis=0).astype(wide), jnp.concatenate(delta, axis=1).astype(wide)))
     return result
 
 
