@@ -115,7 +115,7 @@ class Stages:
     Attributes:
         settings: the hyper-parameters, anything that `checkpoint.fingerprint` can read.
         count: (context) -> how many parts.
-        part: (key, context, earlier parts) -> the next part, a pytree of arrays in dicts, lists and tuples.
+        part: (key, context, earlier parts) -> the next part: arrays in dicts, lists, tuples and `rows.Outer`.
         join: (key, context, all parts) -> what `fit` returns.
     """
 
