@@ -132,7 +132,7 @@ def lds_figure(results: dict[str, Any], *, columns: int = 4) -> Figure | None:
     if not rows:
         return None
     look, deep = styles(results["methods"]), -(-len(rows) // columns)
-    height = 46 + 128 * deep
+    height = 12 + 146 * deep
     values = {name: np.array([v for v in results["lds"][name] if v is not None], float) for name in rows}
     edges = np.linspace(-1, 1, 41)
     counts = {name: np.histogram(v, edges)[0] / max(1, len(v)) for name, v in values.items()}
@@ -140,12 +140,12 @@ def lds_figure(results: dict[str, Any], *, columns: int = 4) -> Figure | None:
     with _figure(980, height) as (figure, png):
         for i, name in enumerate(rows):
             column, line = i % columns, i // columns
-            left, bottom = 0.025 + column * 0.245, 1 - (128 * (line + 1) - 4) / height
-            axes = _axes(figure, (left, bottom, 0.22, 92 / height))
+            left, bottom = 0.025 + column * 0.245, 1 - (146 * (line + 1) - 18) / height
+            axes = _axes(figure, (left, bottom, 0.215, 98 / height))
             axes.bar(edges[:-1], counts[name], width=np.diff(edges), align="edge", color=look[name]["color"], alpha=0.8)
             axes.axvline(0, color=MUTED, linewidth=0.8)
             mean = values[name].mean() if len(values[name]) else np.nan
-            axes.set(xlim=(-1, 1), ylim=(0, most), yticks=[], xticks=[-1, -0.5, 0, 0.5, 1])
+            axes.set(xlim=(-1, 1), ylim=(0, most), yticks=[], xticks=[-1, 0, 1])
             axes.set_title(f"{name}   mean {mean:.3f}".replace("-0.", "−0."), fontsize=9, loc="left", color=INK)
         return Figure(png(), 980, height)
 
@@ -156,7 +156,7 @@ def sparsity_figure(results: dict[str, Any]) -> Figure | None:
     if not path:
         return None
     with _figure(980, 380) as (figure, png):
-        left, right = _axes(figure, (0.06, 0.15, 0.38, 0.75)), _axes(figure, (0.535, 0.15, 0.30, 0.75))
+        left, right = _axes(figure, (0.06, 0.15, 0.35, 0.75)), _axes(figure, (0.48, 0.15, 0.33, 0.75))
         for name, words, colour, line in (
             ("support", "support vectors", _OURS[0], "-"),
             ("nonzero", "non-zero coefficients", _OTHERS[0], "--"),
