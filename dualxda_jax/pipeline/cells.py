@@ -27,6 +27,10 @@ SPARSITY = (
 COSTS = (1e-9, 1e-7, 1e-5, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
+class MethodFailed(Exception):
+    """A method that refuses a case; the others go on without it."""
+
+
 def explain(
     entry: Entry, trained: Trained, metrics: tuple[str, ...], key: Array, progress: Progress, *,
     timed: bool, retrained: dict[str, Any] | None,
@@ -48,7 +52,7 @@ def explain(
         of.
 
     Raises:
-        ValueError: what the method refuses, with its name and the case.
+        MethodFailed: what the method refuses, with its name and the case.
     """
     method, context, case = entry.make(), trained.context, trained.case
     cell: dict[str, Any] = {"values": {}, "cost": [], "importance": np.zeros(0), "curve": np.zeros(0), "remarks": []}
@@ -66,7 +70,7 @@ def explain(
                     )
                     cell["cost"] = list(cost)
         except (ValueError, FloatingPointError) as error:
-            raise type(error)(f"{entry.name} on {case.name} data: {error}") from error
+            raise MethodFailed(f"{entry.name} on {case.name} data: {' '.join(str(error).split())}") from error
     cell["remarks"] = sorted({str(w.message) for w in heard if issubclass(w.category, UserWarning)})
     return cell
 

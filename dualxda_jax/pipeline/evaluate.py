@@ -23,7 +23,8 @@ def evaluate(config: EvaluateConfig, *, track: store.Track | None = None, overal
     """Compare methods: train, fit, explain, retrain, measure, and write results.json and a page.
 
     Everything computed is kept in out/stages; another run takes from there what still fits, after an interruption as
-    well as with more methods, metrics or seeds. results.json and the page appear when all is done.
+    well as with more methods, metrics or seeds. results.json and the page appear when all is done. A method that fails
+    on a case is said to have failed there, and takes the last place.
 
     Args:
         config: what to compute.
@@ -34,7 +35,7 @@ def evaluate(config: EvaluateConfig, *, track: store.Track | None = None, overal
         Path of the page.
 
     Raises:
-        ValueError: data that cannot be read, a method that fails (with its name), results of another version in `out`.
+        ValueError: data that cannot be read, results of another version in `out`.
         OSError: the folder cannot be made.
     """
     report.need_libraries()
@@ -164,7 +165,15 @@ class _Seed:
             explain = functools.partial(
                 cells.explain, entry, trained, metrics, jax.random.key(seed), timed=timed, retrained=retrained
             )
-            cell = self._do(f"{entry.name} on {says}", explain, checkpoint.fingerprint(*parts), finished)
+            try:
+                cell = self._do(f"{entry.name} on {says}", explain, checkpoint.fingerprint(*parts), finished)
+            except cells.MethodFailed as failure:
+                # Not kept: another run tries again.
+                found.cells[entry.name][name] = {"failed": dict.fromkeys(metrics, str(failure))}
+                finished()
+                if name == "part" and self._selects:
+                    finished()
+                continue
             found.cells[entry.name][name] = cell
             if name == "part" and self._selects:
                 importance = np.asarray(cell["importance"])

@@ -92,7 +92,7 @@ _ENTRIES: dict[str, dict[str, tuple[Entry, ...]]] = {
     },
     "influence_ekfac": {"": (Entry("ekfac", "influence_ekfac"),)},
     "influence_lissa": {
-        "small": (Entry("lissa", "influence_lissa", (("depth", 500), ("repeats", 4)), _SOLVES),),
+        "small": (Entry("lissa", "influence_lissa", (("scale", 500.0), ("depth", 1_500), ("repeats", 2)), _SOLVES),),
         "paper": (Entry("lissa", "influence_lissa", (), _SOLVES),),
     },
     "influence_cg": {"": (Entry("cg-head", "influence_cg", (("params", "head"),), _SOLVES),)},

@@ -65,7 +65,7 @@ def assemble(
 
 
 def _has(seeds: list[Cells], entry: Entry, case: str) -> bool:
-    return all(case in cells[entry.name] for cells in seeds)
+    return all(case in cells[entry.name] and "failed" not in cells[entry.name][case] for cells in seeds)
 
 
 def _row(entry: Entry, metrics: tuple[str, ...], seeds: list[Cells]) -> dict[str, Any]:
@@ -90,17 +90,24 @@ def _row(entry: Entry, metrics: tuple[str, ...], seeds: list[Cells]) -> dict[str
             "prepare_seconds": float(np.median(prepare)), "explain_seconds": float(np.median(explain)),
             "queries": int(queries[0]), "kept_bytes": int(kept[0]), "without_compilation": all(map(bool, compiled)),
         }  # fmt: skip
+    failed = {
+        metric: why
+        for cells in seeds
+        for c in cells[entry.name].values()
+        for metric, why in c.get("failed", {}).items()
+        if metric not in skips
+    }
     remarks = sorted({r for cells in seeds for c in cells[entry.name].values() for r in c.get("remarks", ())})
     return {
         "name": entry.name, "method": entry.method, "options": dict(entry.options), "values": values, "cost": cost,
-        "skipped": skips, "remarks": remarks, "control": entry.name == CONTROL,
+        "skipped": skips, "failed": failed, "remarks": remarks, "control": entry.name == CONTROL,
     }  # fmt: skip
 
 
 def _values(cells: dict[str, dict[str, Any]], metric: str) -> np.ndarray:
     """[q] values, none where the case had no query."""
     if metric in ("coreset", "pruning"):
-        return np.asarray(cells["selection"][metric]["per_query"])
+        return np.asarray(cells["selection"][metric]["per_query"]) if "selection" in cells else np.zeros(0)
     found = [cell["values"][metric] for cell in cells.values() if metric in cell.get("values", {})]
     return np.asarray(found[0]) if found else np.zeros(0)
 

@@ -112,7 +112,7 @@ def _rows(results: dict[str, Any]) -> list[dict[str, Any]]:
         for name in metrics:
             found = row["values"].get(name)
             if found is None or found["mean"] is None:
-                words = "—" if found is None else "undefined"
+                words = "—" if found is None else "failed" if name in row["failed"] else "undefined"
                 cells.append({"mean": words, "interval": "", "rank": _place(row["ranks"].get(name)), "first": False})
                 continue
             interval = f"{number(found['low'])} … {number(found['high'])}"
@@ -169,8 +169,10 @@ def _costs(results: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def seconds(value: float) -> str:
-    """Seconds with two significant digits or whole ones."""
-    return f"{value:,.0f}" if value >= 10 else f"{value:#.2g}" if value >= 0.01 else f"{value:.4f}"
+    """Seconds with two significant digits or whole ones; less than a millisecond is just that."""
+    if value < 1e-3:
+        return "< 0.001"
+    return f"{value:,.0f}" if value >= 10 else f"{value:#.2g}" if value >= 0.01 else f"{value:.3f}"
 
 
 def _sizes(results: dict[str, Any]) -> list[dict[str, str]]:
@@ -195,7 +197,8 @@ def _measured(results: dict[str, Any]) -> str:
     options = results["options"]
     words = [
         f"Preset {options['preset']}: network {options['network']}, {options['training_images']:,} training and "
-        f"{options['test_images']:,} test images in the data set."
+        f"{options['test_images']:,} test images in the data set.",
+        "A network's test accuracy is that on the test images as it meets them: classes merged, or each marked.",
     ]
     if "lds" in results["metrics"]:
         words.append(f"LDS: {options['subsets']} networks on random halves, {options['steps']:,} steps each.")
@@ -215,6 +218,7 @@ def _notes(results: dict[str, Any]) -> list[tuple[str, str]]:
         for metric, why in row["skipped"].items():
             if metric in results["metrics"]:
                 notes.append((row["name"], f"left out of {results['metrics'][metric]['title'].lower()}: {why}"))
+        notes += [(row["name"], f"failed, so last in place: {why}") for why in sorted(set(row["failed"].values()))]
         notes += [(row["name"], remark) for remark in row["remarks"]]
     return notes
 
