@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from dualxda_jax import pipeline
 from dualxda_jax._version import __version__
@@ -46,12 +54,60 @@ def demo(
     print(page.resolve())
 
 
+def evaluate(
+    data: Path | None = None,
+    out: Path = Path("dualxda-evaluation"),
+    methods: tuple[str, ...] = (),
+    metrics: tuple[str, ...] = (),
+    preset: Literal["small", "paper"] = "small",
+    seeds: int = 1,
+    network: Literal["small-cnn", "resnet-18"] = "small-cnn",
+    limit: int | None = None,
+    queries: int | None = None,
+    part: int | None = None,
+    subsets: int | None = None,
+    steps: int | None = None,
+) -> None:
+    """Compare attribution methods: train, attribute, retrain, measure, and write a table with figures.
+
+    Everything computed is kept in the subfolder "stages" of --out: a second run, also one with more methods, metrics or
+    seeds, takes from there what still fits, and an interrupted one goes on. results.json and index.html appear at the
+    end.
+
+    Args:
+        data: folder with a published data set, as for demo; without it the embedded sample of Fashion-MNIST.
+        out: folder of the results.
+        methods: rows ("dualda-1e-3", "trak", ...) or methods ("dualda" stands for its three costs); all by default.
+        metrics: among class, subclass, shortcut, mislabel, lds, coreset, pruning; all by default.
+        preset: "small" (10,000 training images, 300 queries, 50 subsets of 5,000 images: made for two CPU cores) or
+            "paper" (all training images, 2,000 queries, 100 subsets: made for a GPU).
+        seeds: how many times all of it is done, networks trained anew.
+        network: the paper's small CNN, or ResNet-18 (for a GPU).
+        limit: training images, at most, instead of the preset's.
+        queries: test images explained, at most, instead of the preset's.
+        part: training images of the metrics that retrain (lds, coreset, pruning), instead of the preset's.
+        subsets: networks retrained for lds, instead of the preset's.
+        steps: optimizer steps of each retrained network, instead of the preset's.
+    """
+    sizes = {"limit": limit, "queries": queries, "part": part, "subsets": subsets, "steps": steps}
+    config = pipeline.EvaluateConfig(
+        data=data, out=out, methods=methods or None, metrics=metrics or None, preset=preset, seeds=seeds,
+        network=network, changed=tuple((name, value) for name, value in sizes.items() if value is not None),
+    )  # fmt: skip
+    console = Console(stderr=True)
+    start = time.perf_counter()
+    with _overall_bar(console) as (track, overall):
+        page = pipeline.evaluate(config, track=track, overall=overall)
+    console.print(f"[bold]Results[/bold] after {time.perf_counter() - start:.0f} s. Open this file in a browser:")
+    print(page.resolve())
+
+
 def version() -> None:
     """Print the version."""
     print(__version__)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"demo": demo, "version": version}
+COMMANDS: dict[str, Callable[..., None]] = {"demo": demo, "evaluate": evaluate, "version": version}
 
 
 @contextlib.contextmanager
@@ -80,6 +136,46 @@ def _stage_bars(console: Console) -> Iterator[pipeline.Track]:
             bars.update(task, completed=total, total=total)
 
         yield track
+
+
+@contextlib.contextmanager
+def _overall_bar(console: Console) -> Iterator[tuple[pipeline.Track, Callable[[int, int], None]]]:
+    """One bar for all stages, with the time left, and one for the stage at work; lines where output goes to a file."""
+    if not console.is_terminal:
+        done = [0, 0]
+        start = time.perf_counter()
+
+        @contextlib.contextmanager
+        def line(name: str) -> Iterator[pipeline.Watch]:
+            with _stage_line(console, name) as watch:
+                yield watch
+
+        def count(now: int, total: int) -> None:
+            if now * 10 // total != done[0] * 10 // total:
+                minutes = (time.perf_counter() - start) / 60
+                left = f"about {minutes * (total - now) / now:.0f} min left"
+                console.print(f"{now} of {total} stages after {minutes:.0f} min, {left}", highlight=False)
+            done[:] = [now, total]
+
+        yield line, count
+        return
+    columns = (
+        SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.description:<44}"), BarColumn(bar_width=16),
+        MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("[dim]left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    # The speed over all stages so far, not over the last few: short ones and long ones take turns.
+    with Progress(*columns, console=console, speed_estimate_period=24 * 3600) as bars:
+        whole = bars.add_task("all stages", total=None)
+        current = bars.add_task("", total=None)
+
+        @contextlib.contextmanager
+        def track(name: str) -> Iterator[pipeline.Watch]:
+            bars.reset(current, description=name, total=None)
+            yield pipeline.Watch(
+                lambda done, total: bars.update(current, completed=done, total=total), lambda note: None
+            )
+
+        yield track, lambda done, total: bars.update(whole, completed=done, total=total)
 
 
 @contextlib.contextmanager

@@ -107,6 +107,25 @@ def context(
 
 
 @dataclasses.dataclass(frozen=True)
+class Stages:
+    """A fit that takes long, cut into parts that can be kept: what `fit_resumable` needs.
+
+    `fit(key, context)` equals `join(key, context, parts)` with each part made from those before it.
+
+    Attributes:
+        settings: the hyper-parameters, anything that `checkpoint.fingerprint` can read.
+        count: (context) -> how many parts.
+        part: (key, context, earlier parts) -> the next part: arrays in dicts, lists, tuples and `rows.Outer`.
+        join: (key, context, all parts) -> what `fit` returns.
+    """
+
+    settings: Any
+    count: Callable[[Context], int]
+    part: Callable[[Array, Context, tuple[Any, ...]], Any]
+    join: Callable[[Array, Context, tuple[Any, ...]], Any]
+
+
+@dataclasses.dataclass(frozen=True)
 class Method:
     """An attribution method; what `baselines.<name>(...)` returns.
 
@@ -117,9 +136,36 @@ class Method:
         fit: (key, context) -> a pytree, all that scores need.
         scores: (fitted, x[q, ...], targets[q]) -> [q, n].
         self_influence: (fitted) -> [n]; higher is more suspicious.
+        stages: how to resume a fit that takes long, or None.
     """
 
     name: str
     fit: Callable[[Array, Context], Any]
     scores: Callable[[Any, Array, Array], Array]
     self_influence: Callable[[Any], Array]
+    stages: Stages | None = None
+
+
+def staged(name: str, stages: Stages, scores: Any, self_influence: Any) -> Method:
+    """A method whose fit is its stages, one after the other."""
+
+    def fit(key: Array, context: Context) -> Any:
+        parts: tuple[Any, ...] = ()
+        for _ in range(stages.count(context)):
+            parts = (*parts, stages.part(key, context, parts))
+        return stages.join(key, context, parts)
+
+    return Method(name, fit, scores, self_influence, stages)
+
+
+def check_queries(context: Context, x: Any, targets: Any) -> Array:
+    """The targets as int32, after a look at whether queries and targets can be.
+
+    Raises:
+        ValueError: queries of another shape than the training inputs, targets that are no integers in 0..k-1.
+    """
+    _check.shape("x", x, ("q", *np.shape(context.inputs)[1:]))
+    _check.shape("targets", targets, (np.shape(x)[0],))
+    _check.integers("targets", targets)
+    _check.class_range("targets", targets, context.num_classes)
+    return jnp.asarray(targets).astype(jnp.int32)

@@ -1,19 +1,28 @@
-"""Metrics of an attribution: pure functions on arrays, whoever made the scores."""
+"""Metrics of an attribution: pure functions on arrays, whoever made the scores; and retraining, which some need."""
 
+from dualxda_jax.evaluation import retrain
+from dualxda_jax.evaluation.bootstrap import Interval, bootstrap
 from dualxda_jax.evaluation.detection import class_detection, subclass_detection
 from dualxda_jax.evaluation.faithfulness import Faithfulness, surrogate_faithfulness
 from dualxda_jax.evaluation.ranking import MislabelCurve, lds, mislabeling_detection, shortcut_detection
 from dualxda_jax.evaluation.relevance import FlippingCurve, mark_relevance_share, pixel_flipping
+from dualxda_jax.evaluation.selection import SelectionCurve, coreset_selection, data_pruning
 
 __all__ = [
     "Faithfulness",
     "FlippingCurve",
+    "Interval",
     "MislabelCurve",
+    "SelectionCurve",
+    "bootstrap",
     "class_detection",
+    "coreset_selection",
+    "data_pruning",
     "lds",
     "mark_relevance_share",
     "mislabeling_detection",
     "pixel_flipping",
+    "retrain",
     "shortcut_detection",
     "subclass_detection",
     "surrogate_faithfulness",

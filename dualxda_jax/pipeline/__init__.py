@@ -1,10 +1,14 @@
-"""The main job from images to a report; what `dualxda demo` runs.
+"""Whole jobs from images to a report: what `dualxda demo` and `dualxda evaluate` run.
 
-`run` chains the stages of `stages.py`, keeps what each computed (`store.py`) and shows it (`content.py`).
+`run` and `evaluate` chain stages (`stages.py`; `cases.py` and `cells.py`), keep what each computed (`store.py`) and
+hand it to the report (`content.py`; `results.py`).
 """
 
 from dualxda_jax.pipeline.config import DemoConfig
+from dualxda_jax.pipeline.evaluate import evaluate
+from dualxda_jax.pipeline.lineup import EvaluateConfig
+from dualxda_jax.pipeline.results import load as load_results
 from dualxda_jax.pipeline.run import run
 from dualxda_jax.pipeline.store import Track, Watch
 
-__all__ = ["DemoConfig", "Track", "Watch", "run"]
+__all__ = ["DemoConfig", "EvaluateConfig", "Track", "Watch", "evaluate", "load_results", "run"]

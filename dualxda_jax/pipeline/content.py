@@ -119,12 +119,19 @@ def conservation(pairs: PairRelevance) -> float:
     return float(off.max()) if off.size else 0.0
 
 
-def environment(config: DemoConfig) -> tuple[str, ...]:
-    """What the run ran on."""
+def machine() -> tuple[str, ...]:
+    """Versions and devices."""
     device = jax.devices()[0]
     return (
         f"dualxda_jax {__version__}, jax {jax.__version__}, numpy {np.__version__}, Python {platform.python_version()}",
         f"{jax.device_count()} × {device.device_kind} ({device.platform})",
+    )
+
+
+def environment(config: DemoConfig) -> tuple[str, ...]:
+    """What the run ran on."""
+    return (
+        *machine(),
         f"network {config.network}, C = {config.cost:g}, seed {config.seed}",
     )
 

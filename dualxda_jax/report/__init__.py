@@ -4,6 +4,7 @@ Needs the extra `report` (Matplotlib, Jinja2) when it draws, not when it is impo
 """
 
 from dualxda_jax.report.content import Pair, Query, Report, Stage, Suspect
+from dualxda_jax.report.evaluation import write_evaluation
 from dualxda_jax.report.page import need_libraries, write
 
-__all__ = ["Pair", "Query", "Report", "Stage", "Suspect", "need_libraries", "write"]
+__all__ = ["Pair", "Query", "Report", "Stage", "Suspect", "need_libraries", "write", "write_evaluation"]

@@ -100,15 +100,16 @@ def _html(report: Report, drawn: dict[str, figures.Figure]) -> str:
     return template.render(
         report=report,
         entries=[_entry(i, query, report, drawn[_name(i)]) for i, query in enumerate(report.queries)],
-        overview=_embedded(drawn.get("overview.png")),
-        suspects=_embedded(drawn.get("suspects.png")),
+        overview=embedded(drawn.get("overview.png")),
+        suspects=embedded(drawn.get("suspects.png")),
         seconds=sum(stage.seconds for stage in report.stages),
         right=sum(query.right for query in report.queries),
         colour={"for": FOR, "against": AGAINST, "ink": INK, "muted": MUTED, "rule": RULE},
     )
 
 
-def _embedded(figure: figures.Figure | None) -> dict[str, Any] | None:
+def embedded(figure: figures.Figure | None) -> dict[str, Any] | None:
+    """What a template needs of a figure: the picture as a data URI, and its size in CSS pixels."""
     if figure is None:
         return None
     source = "data:image/png;base64," + base64.b64encode(figure.png).decode("ascii")
@@ -129,7 +130,7 @@ def _entry(place: int, query: Query, report: Report, figure: figures.Figure) -> 
         "query": query,
         "target": names[query.target],
         "label": names[query.label],
-        "picture": _embedded(figure),
+        "picture": embedded(figure),
         "alt": _alt(query, names),
         "limit": figures.magnitude(limit),
         "own_limit": figures.magnitude(own_limit),

@@ -1,5 +1,6 @@
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from dualxda_jax import models
@@ -46,3 +47,18 @@ def test_resnet_in_eval_mode_treats_rows_apart_and_in_train_mode_updates_statist
     _, updated = jax.jit(lambda v, x: module.apply(v, x, train=True, mutable=["batch_stats"]))(variables, x)
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), variables["batch_stats"], updated["batch_stats"])
     assert all(jax.tree.leaves(moved))
+
+
+def test_the_folded_small_cnn_is_the_small_cnn(rng):
+    shape = (2, 9, 12, 3)  # an odd height and an even width
+    module = models.SmallCNN(num_classes=4)
+    x = jnp.asarray(rng.random(shape), jnp.float32)
+    variables = jax.jit(module.init)(jax.random.key(0), x)
+    plain, folded = (
+        jax.jit(jax.value_and_grad(lambda v, f=f: (f(v, x) ** 2).sum()))
+        for f in (module.apply, models.small_cnn_logits)
+    )
+    (a, da), (b, db) = plain(variables), folded(variables)
+    assert a == pytest.approx(float(b), rel=1e-5)
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(da))
+    jax.tree.map(lambda u, v: np.testing.assert_allclose(u, v, atol=1e-5 * largest, rtol=1e-4), da, db)

@@ -1,0 +1,176 @@
+"""Representer points: the head, refitted with weight decay, as a sum over training samples."""
+
+import dataclasses
+import functools
+import math
+import warnings
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dualxda_jax import _check
+from dualxda_jax.baselines.gradients import check_finite, map_chunks
+from dualxda_jax.baselines.protocol import Context, Method, check_queries
+from dualxda_jax.baselines.rows import products
+from dualxda_jax.baselines.similarity import features
+from dualxda_jax.types import Array
+
+TARGETS = ("predictions", "labels")
+
+_HIGHEST = lax.Precision.HIGHEST
+_MAX_STEPS = 100
+_MAX_INNER = 250
+
+
+class NotStationaryWarning(UserWarning):
+    """The refit of the head ended above its tolerance; the residual that was reached is in the fit."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """The refitted head and its coefficients.
+
+    Attributes:
+        context: what was learnt from.
+        points: [n, d] features.
+        coefficients: [n, k] α.
+        weights: [k, d] of the refitted head.
+        residual: scalar, ‖W − Σ_i α_i ⊗ φ_i‖ / ‖W‖; 0 where the refit is stationary.
+    """
+
+    context: Context
+    points: Array
+    coefficients: Array
+    weights: Array
+    residual: Array
+
+
+def representer(
+    regularization: float = 0.003, *, targets: str = "predictions", tolerance: float = 1e-6, chunk: int = 256
+) -> Method:
+    """Score α_ic ⟨φ_i, φ(x)⟩ with α_ic = (p_ic − y_ic) / (−2λn), c the target: parts of the refitted head's logit.
+
+    The head W (without bias) is refitted on the features to minimise (1/n) Σ_i CE(softmax(W φ_i), y_i) + λ‖W‖², and p
+    are its probabilities. At the minimum W = Σ_i α_i ⊗ φ_i, so that a query's scores sum over the samples to the
+    refit's logit; `residual` of the fit says how nearly. Self-influence is α_{i,label} ‖φ_i‖². Computed in float64.
+
+    Args:
+        regularization: λ.
+        targets: y: "predictions", the network's own probabilities, or "labels".
+        tolerance: the residual ‖W − Σ_i α_i ⊗ φ_i‖ / ‖W‖ to reach; a refit that does not is returned with a warning.
+        chunk: samples that the network sees at once.
+
+    Raises:
+        ValueError: λ or the tolerance not positive, unknown targets; in `fit`, a context without features.
+
+    Source: Yeh et al. 2018, "Representer point selection for explaining deep neural networks", Theorem 3.1.
+    """
+    for name, value in {"regularization": regularization, "tolerance": tolerance}.items():
+        if not (math.isfinite(value) and value > 0):
+            _check.fail(name, value, "positive and finite")
+    if targets not in TARGETS:
+        _check.fail("targets", repr(targets), f"one of {', '.join(TARGETS)}")
+    fit = functools.partial(_fit, regularization, targets, tolerance, chunk)
+    return Method("representer", fit, functools.partial(_scores, chunk), _self_influence)
+
+
+def _fit(regularization: float, targets: str, tolerance: float, chunk: int, key: Array, context: Context) -> Fitted:
+    points = features(context, context.inputs, chunk)
+    check_finite("features", points)
+    wanted = _targets(targets, chunk, context)
+    with jax.enable_x64(True):
+        weights, coefficients, residual = _refit(points, wanted, regularization, tolerance)
+    if not _check.is_traced(residual) and not float(residual) <= tolerance:
+        reached = f"residual {float(residual):.1e} above the tolerance {tolerance:.1e}"
+        warnings.warn(f"representer: {reached}; raise it or regularization", NotStationaryWarning, stacklevel=3)
+    return Fitted(context, points, coefficients, weights, residual)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _targets(targets: str, chunk: int, context: Context) -> Array:
+    """[n, k] what the refit is to predict."""
+    if targets == "labels":
+        return jax.nn.one_hot(context.labels, context.num_classes, dtype=jnp.float32)
+    return map_chunks(lambda x: jax.nn.softmax(context.logits(context.params, x), axis=-1), (context.inputs,), chunk)
+
+
+@jax.jit
+def _refit(points: Array, targets: Array, regularization: float, tolerance: float) -> tuple[Array, Array, Array]:
+    """Newton's method, its steps by conjugate gradients, halved where the objective does not fall."""
+    phi, y = points.astype(jnp.float64), targets.astype(jnp.float64)
+    n, d = phi.shape
+    k = y.shape[1]
+    # The softmax's curvature is at most 1/2: with this, the conditioning no longer depends on the features' scale.
+    bound = _product(phi.T, phi) / (2 * n) + 2 * regularization * jnp.eye(d)
+    factor = jax.scipy.linalg.cho_factor(bound)
+
+    def objective(w: Array) -> Array:
+        z = _product(phi, w.T)
+        return (jax.nn.logsumexp(z, axis=1) - (y * z).sum(axis=1)).mean() + regularization * jnp.square(w).sum()
+
+    def slope(w: Array) -> tuple[Array, Array]:
+        p = jax.nn.softmax(_product(phi, w.T), axis=1)
+        return _product((p - y).T, phi) / n + 2 * regularization * w, p
+
+    def residual(w: Array, gradient: Array) -> Array:
+        # W − Σ α φ is the gradient over 2λ.
+        size = jnp.linalg.norm(w)
+        return jnp.linalg.norm(gradient) / (2 * regularization) / jnp.where(size > 0, size, 1)
+
+    def unfinished(state: tuple[Array, Array, Array, Array]) -> Array:
+        w, gradient, _, steps = state
+        return (residual(w, gradient) > 0.3 * tolerance) & (steps < _MAX_STEPS)
+
+    def step(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        w, gradient, p, steps = state
+
+        def curvature(v: Array) -> Array:
+            z = _product(phi, v.T)
+            return _product((p * (z - (p * z).sum(axis=1)[:, None])).T, phi) / n + 2 * regularization * v
+
+        relative = residual(w, gradient)
+        direction, _ = jax.scipy.sparse.linalg.cg(
+            curvature,
+            -gradient,
+            tol=jnp.clip(relative, 1e-8, 0.1),
+            maxiter=_MAX_INNER,
+            M=lambda v: jax.scipy.linalg.cho_solve(factor, v.T).T,
+        )
+        start, fall = objective(w), (gradient * direction).sum()
+
+        def too_long(length: Array) -> Array:
+            # Rounding decides about steps that change nothing: those are taken.
+            slack = 1e-14 * jnp.abs(start)
+            return (objective(w + length * direction) > start + 1e-4 * length * fall + slack) & (length > 1e-6)
+
+        w = w + lax.while_loop(too_long, lambda length: length / 2, jnp.ones(())) * direction
+        return w, *slope(w), steps + 1
+
+    start = jnp.zeros((k, d))
+    w, gradient, p, _ = lax.while_loop(unfinished, step, (start, *slope(start), jnp.zeros((), jnp.int32)))
+    # No features at all: then W = 0 = Σ α φ.
+    reached = jnp.where(jnp.any(gradient != 0), residual(w, gradient), 0)
+    out = points.dtype
+    return w.astype(out), ((y - p) / (2 * regularization * n)).astype(out), reached.astype(out)
+
+
+def _product(left: Array, right: Array) -> Array:
+    return jnp.matmul(left, right, precision=_HIGHEST)
+
+
+def _scores(chunk: int, fitted: Fitted, x: Array, targets: Array) -> Array:
+    targets = check_queries(fitted.context, x, targets)
+    query = features(fitted.context, jnp.asarray(x), chunk)
+    return _weighted(fitted.coefficients, fitted.points, query, targets)
+
+
+@jax.jit
+def _weighted(coefficients: Array, points: Array, query: Array, targets: Array) -> Array:
+    return jnp.take(coefficients.T, targets, axis=0) * products(query, points, points.dtype)
+
+
+def _self_influence(fitted: Fitted) -> Array:
+    own = jnp.take_along_axis(fitted.coefficients, fitted.context.labels[:, None], axis=1)[:, 0]
+    return own * jnp.square(fitted.points).sum(axis=1)
