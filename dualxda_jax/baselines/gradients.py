@@ -10,7 +10,7 @@ import numpy as np
 from dualxda_jax import _check
 from dualxda_jax.baselines import taps
 from dualxda_jax.baselines.protocol import Logits, Loss
-from dualxda_jax.baselines.rows import Outer, Rows
+from dualxda_jax.baselines.rows import Rows, dense
 from dualxda_jax.baselines.select import Selection
 from dualxda_jax.types import Array, Params
 
@@ -57,24 +57,24 @@ def per_sample(
         _check.fail("loss", f"a result of shape {scalar.shape}", "a function to a scalar")
     # A dict's leaves come in the order of its sorted keys.
     names = [*sorted(chosen), *[None] * (len(jax.tree.leaves(shapes)) - len(chosen))]
-    tapped = taps.find(closed, names) if factored else {}
+    tapped = taps.find(closed, names)
     plain = {name: leaf for name, leaf in chosen.items() if name not in tapped}
     probes = {name: jnp.zeros(tap.shape, tap.dtype) for name, tap in tapped.items()}
 
-    def sample(x: Array, label: Array) -> Rows:
+    def sample(x: Array, label: Array) -> tuple[Any, ...]:
         def run(plain: dict[str, Array], probes: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
             leaves = jax.tree.leaves((chosen | plain, rest, x, label))
-            outputs, vectors = taps.evaluate(closed, names, leaves, tapped, probes)
-            return outputs[0], vectors
+            outputs, met = taps.evaluate(closed, names, leaves, tapped, probes)
+            return outputs[0], met
 
-        (rows, ends), vectors = jax.grad(run, argnums=(0, 1), has_aux=True)(plain, probes)
-        for name, tap in tapped.items():
-            pair = (vectors[name], ends[name].reshape(-1))
-            rows[name] = Outer(*(pair if tap.contracted == 0 else pair[::-1]))
-        return rows
+        (found, ends), met = jax.grad(run, argnums=(0, 1), has_aux=True)(plain, probes)
+        return found, ends, met
 
-    rows = jax.vmap(sample)(x, labels)
-    return rows if dtype is None else jax.tree.map(lambda a: a.astype(dtype), rows)
+    found, ends, met = jax.vmap(sample)(x, labels)
+    rows: Rows = found | {name: taps.gradient(tap, met[name], ends[name]) for name, tap in tapped.items()}
+    if dtype is not None:
+        rows = jax.tree.map(lambda a: a.astype(dtype), rows)
+    return rows if factored else dense(rows)  # type: ignore[return-value]
 
 
 def map_chunks(fn: Callable[..., Any], arrays: tuple[Array, ...], chunk: int) -> Any:

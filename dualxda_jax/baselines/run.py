@@ -13,6 +13,7 @@ import numpy as np
 
 from dualxda_jax import _check, checkpoint
 from dualxda_jax.baselines.protocol import Context, Method
+from dualxda_jax.baselines.rows import Outer
 from dualxda_jax.types import Array, Progress, TopK
 
 
@@ -46,7 +47,7 @@ def fit_resumable(
         part = _load(path, made_by)
         if part is None:
             part = stages.part(key, context, parts)
-            checkpoint.save(path, part, fingerprint=made_by, overwrite=True)
+            checkpoint.save(path, _packed(part), fingerprint=made_by, overwrite=True)
         parts = (*parts, part)
         if progress is not None:
             progress(number + 1, count)
@@ -168,11 +169,24 @@ def _load(path: Path, made_by: str) -> Any:
     if not path.exists():
         return None
     try:
-        return checkpoint.load(path, fingerprint=made_by)
+        return _unpacked(checkpoint.load(path, fingerprint=made_by))
     except checkpoint.StaleCheckpoint:
         raise
     except checkpoint.CheckpointError:
         return None
+
+
+def _packed(part: Any) -> Any:
+    """The part with dicts in place of `Outer`, which checkpoints do not know."""
+    is_outer = lambda node: isinstance(node, Outer)  # noqa: E731
+    replace = lambda node: {"outer": [node.left, node.right]} if is_outer(node) else node  # noqa: E731
+    return jax.tree.map(replace, part, is_leaf=is_outer)
+
+
+def _unpacked(part: Any) -> Any:
+    is_packed = lambda node: isinstance(node, dict) and set(node) == {"outer"}  # noqa: E731
+    replace = lambda node: Outer(*node["outer"]) if is_packed(node) else node  # noqa: E731
+    return jax.tree.map(replace, part, is_leaf=is_packed)
 
 
 def _fingerprint(method: Method, key: Array, context: Context) -> str:

@@ -17,7 +17,9 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, x, train: bool = False):
-        h = nn.relu(nn.Conv(3, (2, 2), name="conv")(x))
+        h = nn.relu(nn.Conv(4, (2, 3), (2, 1), padding=((1, 0), (2, 1)), kernel_dilation=(1, 2), name="conv")(x))
+        h = nn.relu(nn.Conv(4, (2, 2), feature_group_count=2, name="grouped")(h))
+        h = nn.ConvTranspose(3, (2, 3), (1, 2), name="transposed")(h)
         h = nn.Dense(4, name="positions")(h).reshape(x.shape[0], -1)
         h = nn.tanh(nn.Dense(5, name="a")(h))
         h = nn.BatchNorm(use_running_average=not train, name="norm")(h)
@@ -28,7 +30,7 @@ class Net(nn.Module):
 
 @pytest.fixture(scope="module")
 def problem():
-    x = jax.random.normal(jax.random.key(0), (7, 3, 3, 2))
+    x = jax.random.normal(jax.random.key(0), (7, 4, 3, 2))
     labels = jnp.asarray([0, 1, 2, 0, 1, 2, 2])
     params = Net().init(jax.random.key(1), x)
     return models.from_linen(Net(), head="head").logits, params, x, labels
@@ -51,6 +53,7 @@ def test_rows_are_the_gradients_of_each_sample_alone(problem):
     assert outer == {"a/kernel", "head/kernel"}
     singles = one_by_one(logits, params, x, labels)
     full = rows.dense(chunked)
+    np.testing.assert_array_equal(full["conv/kernel"].shape[1:], (2, 3, 2, 4))
     assert len(full) == len(jax.tree.leaves(params["params"]))
     for name, entry in full.items():
         layer, leaf = name.split("/")
@@ -91,7 +94,7 @@ def test_chunks_of_any_size_give_each_sample_its_own_result(n):
 
 def test_sharded_samples_give_the_same_rows(problem):
     logits, params, x, labels = problem
-    selection = select.select(params, "head", head="head")
+    selection = select.select(params, ("head", "conv"), head="head")
     x, labels = jnp.tile(x, (8, 1, 1, 1))[:48], jnp.tile(labels, 8)[:48]
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows_over = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))

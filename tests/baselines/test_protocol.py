@@ -67,6 +67,17 @@ def test_samples_of_the_target_speak_for_it(case, tiny):
         assert (margin > 0).all()
 
 
+def test_scores_of_a_surrogate_sum_to_its_logits(case, tiny):
+    context, queries, targets = tiny
+    method, fitted, scores = case
+    if method.name not in ("dualda", "representer"):
+        pytest.skip("not a surrogate")
+    weights = fitted.support.weights if method.name == "dualda" else fitted.weights
+    expected = jnp.einsum("qd,qd->q", context.features(context.params, queries), weights[targets])
+    np.testing.assert_allclose(scores.sum(1), expected, rtol=1e-3, atol=1e-5)
+    assert len(np.unique(np.asarray(scores))) > 6
+
+
 def test_another_target_is_another_question(case, tiny):
     context, queries, targets = tiny
     method, fitted, scores = case

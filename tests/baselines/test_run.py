@@ -1,0 +1,199 @@
+"""Fits that resume, scores to a file, the best samples, samples over a mesh, and bad input."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dualxda_jax import baselines, checkpoint
+
+
+@pytest.fixture(scope="module")
+def fitted(tiny):
+    context, queries, targets = tiny
+    method = baselines.graddot(params="head")
+    fit = method.fit(jax.random.key(0), context)
+    return method, fit, np.asarray(method.scores(fit, queries, targets))
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_scores_in_chunks_to_memory_and_to_a_file(fitted, tiny, tmp_path, chunk):
+    _, queries, targets = tiny
+    method, fit, scores = fitted
+    seen = []
+    report = lambda done, total: seen.append((done, total))  # noqa: E731
+    here = baselines.scores_to(method, fit, np.asarray(queries), targets, chunk=chunk, progress=report)
+    np.testing.assert_allclose(here, scores, rtol=1e-5, atol=1e-6)
+    assert seen[-1] == (6, 6) and len(seen) == -(-6 // chunk)
+    path = tmp_path / "scores.npy"
+    there = baselines.scores_to(method, fit, queries, targets, path, chunk=chunk)
+    assert isinstance(there, np.memmap) and not there.flags.writeable
+    np.testing.assert_array_equal(np.load(path), here)
+    assert [p.name for p in tmp_path.iterdir()] == ["scores.npy"]
+
+
+def test_the_file_appears_when_it_is_complete(fitted, tiny, tmp_path):
+    _, queries, targets = tiny
+    method, fit, _ = fitted
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        baselines.scores_to(method, fit, queries, targets, tmp_path / "scores.npy", chunk=2, progress=stop)
+    assert not (tmp_path / "scores.npy").exists()
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("k", [1, 5, 96])
+def test_top_k_is_the_sorted_matrix(fitted, tiny, k, largest):
+    _, queries, targets = tiny
+    method, fit, scores = fitted
+    top = baselines.top_k(method, fit, queries, targets, k=k, largest=largest, chunk=4)
+    order = np.argsort(-scores if largest else scores, axis=1, kind="stable")[:, :k]
+    np.testing.assert_allclose(top.scores, np.take_along_axis(scores, order, axis=1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        np.take_along_axis(scores, np.asarray(top.index), axis=1), top.scores, rtol=1e-5, atol=1e-6
+    )
+
+
+class Killed(Exception):
+    pass
+
+
+def counted(method, calls, stop_at=None):
+    """The method, noting which parts are computed, and dying before one of them."""
+
+    def part(key, context, earlier):
+        if len(earlier) == stop_at:
+            raise Killed
+        calls.append(len(earlier))
+        return method.stages.part(key, context, earlier)
+
+    return dataclasses.replace(method, stages=dataclasses.replace(method.stages, part=part))
+
+
+@pytest.mark.parametrize("name", ["tracin", "trak"])
+def test_an_interrupted_fit_goes_on_from_where_it_was(name, tiny, tmp_path):
+    context, queries, targets = tiny
+    key = jax.random.key(0)
+    method = baselines.METHODS[name]()
+    calls = []
+    with pytest.raises(Killed):
+        baselines.fit_resumable(counted(method, calls, stop_at=1), key, context, tmp_path)
+    resumed = baselines.fit_resumable(counted(method, calls), key, context, tmp_path)
+    assert calls == [0, 1]
+    again = baselines.fit_resumable(counted(method, calls), key, context, tmp_path)
+    assert calls == [0, 1]
+    plain = method.fit(key, context)
+    for fit in (resumed, again):
+        np.testing.assert_array_equal(method.scores(fit, queries, targets), method.scores(plain, queries, targets))
+    changed = [
+        (method, jax.random.key(1), context),
+        (method, key, dataclasses.replace(context, labels=context.labels[::-1])),
+        (method, key, dataclasses.replace(context, logits=lambda p, x: 2 * context.logits(p, x))),
+        (baselines.METHODS[name](params="head"), key, context),
+    ]
+    for other in changed:
+        with pytest.raises(checkpoint.StaleCheckpoint):
+            baselines.fit_resumable(*other, tmp_path)
+    # A part whose writing was cut off is computed again.
+    (tmp_path / f"{name}-0001" / "manifest.json").unlink()
+    baselines.fit_resumable(counted(method, calls), key, context, tmp_path)
+    assert calls == [0, 1, 1]
+
+
+def test_only_methods_with_stages_resume(tiny, tmp_path):
+    with pytest.raises(ValueError, match="method: got 'random'"):
+        baselines.fit_resumable(baselines.random(), jax.random.key(0), tiny[0], tmp_path)
+
+
+@pytest.mark.parametrize("name", ["graddot", "trak", "representer", "similarity", "dualda"])
+def test_samples_over_a_mesh_give_the_same_scores(name, tiny):
+    context, queries, targets = tiny
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    over = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    method = baselines.METHODS[name]()
+    if name == "trak":
+        context = dataclasses.replace(context, checkpoints=context.checkpoints[-1:], learning_rates=jnp.ones(1))
+    here = method.scores(method.fit(jax.random.key(0), context), queries, targets)
+    sharded = jax.device_put(context, everywhere)
+    sharded = dataclasses.replace(
+        sharded, inputs=jax.device_put(context.inputs, over), labels=jax.device_put(context.labels, over)
+    )
+    fit = method.fit(jax.random.key(0), sharded)
+    there = method.scores(fit, jax.device_put(queries, everywhere), jax.device_put(targets, everywhere))
+    scale = float(jnp.abs(here).max())
+    # DualDA solves for its coefficients: equal to what the solver's tolerance leaves.
+    np.testing.assert_allclose(there, here, rtol=1e-3, atol=(1e-3 if name == "dualda" else 1e-4) * scale)
+    if name in ("graddot", "trak"):
+        rows = [a for a in jax.tree.leaves(fit.parts if name == "graddot" else fit.solved) if a.ndim > 1]
+        assert rows and all(a.sharding.is_equivalent_to(over, a.ndim) for a in rows)
+
+
+def test_bad_input_is_one_clear_line(tiny):
+    context, *_ = tiny
+    key = jax.random.key(0)
+    with pytest.raises(ValueError, match=r"params: got 'nothing', must be .*head/kernel"):
+        baselines.graddot(params="nothing").fit(key, context)
+    with pytest.raises(ValueError, match="projection: got 500, must be at most"):
+        baselines.tracin(projection=500).fit(key, context)
+    with pytest.raises(ValueError, match="projection: got 500, must be at most"):
+        baselines.trak(projection=500).fit(key, context)
+    with pytest.raises(ValueError, match="checkpoints: got 3, must be at least 1 and at most 2"):
+        baselines.trak(checkpoints=3).fit(key, context)
+    with pytest.raises(ValueError, match=r"context\.features: got None"):
+        baselines.similarity().fit(key, dataclasses.replace(context, features=None))
+    with pytest.raises(ValueError, match="chunk: got 0"):
+        baselines.graddot(chunk=0)
+    with pytest.raises(ValueError, match="dtype: got int32"):
+        baselines.graddot(dtype="int32")
+    with pytest.raises(ValueError, match="regularization: got -1"):
+        baselines.trak(regularization=-1.0)
+    with pytest.raises(ValueError, match="regularization: got 0"):
+        baselines.representer(0.0)
+    with pytest.raises(ValueError, match="space: got 'pixels'"):
+        baselines.similarity("pixels")
+    with pytest.raises(ValueError, match="measure: got 'l1'"):
+        baselines.similarity(measure="l1")
+
+
+@pytest.mark.parametrize("name", ["graddot", "trak", "representer"])
+def test_a_sample_that_is_not_finite_is_named(name, tiny):
+    context, *_ = tiny
+    broken = dataclasses.replace(context, inputs=context.inputs.at[7].set(jnp.nan))
+    with pytest.raises(ValueError, match=r"(gradients|features): got NaN or Inf at 1 of 96 samples \(first: 7\)"):
+        baselines.METHODS[name]().fit(jax.random.key(0), broken)
+
+
+def test_a_query_that_is_not_finite_is_named(fitted, tiny):
+    _, queries, targets = tiny
+    method, fit, _ = fitted
+    broken = queries.at[4].set(jnp.inf)
+    with pytest.raises(ValueError, match=r"scores: got NaN or Inf at 1 of 6 samples \(first: 4\)"):
+        method.scores(fit, broken, targets)
+    similarity = baselines.similarity("inputs")
+    fit = similarity.fit(jax.random.key(0), tiny[0])
+    with pytest.raises(ValueError, match="scores: got NaN or Inf for query 4"):
+        baselines.scores_to(similarity, fit, broken, targets, chunk=2)
+    with pytest.raises(ValueError, match=r"out: got 'x\.bin'"):
+        baselines.scores_to(method, fit, queries, targets, "x.bin")
+    with pytest.raises(ValueError, match="k: got 97"):
+        baselines.top_k(method, fitted[1], queries, targets, k=97)
+
+
+@pytest.mark.parametrize("name", ["graddot", "gradcos"])
+def test_a_sample_without_a_gradient_scores_zero(name, tiny):
+    context, queries, targets = tiny
+    # The loss of label 2 is constant.
+    silent = dataclasses.replace(context, loss=lambda z, y: jnp.where(y == 2, 0.0, -jax.nn.log_softmax(z)[y]))
+    method = baselines.METHODS[name]()
+    fit = method.fit(jax.random.key(0), silent)
+    scores = np.asarray(method.scores(fit, queries, targets))
+    of_two = np.asarray(context.labels) == 2
+    assert (scores[:, of_two] == 0).all() and (scores[np.asarray(targets) == 2] == 0).all()
+    assert (scores[np.asarray(targets) != 2][:, ~of_two] != 0).all()
+    assert (np.asarray(method.self_influence(fit))[of_two] == 0).all()
