@@ -63,7 +63,8 @@ def dattri():
     def loss(params, data):
         x, y = data
         x, y = (x, y) if x.ndim == 4 else (x[None], y[None])
-        return torch.nn.functional.cross_entropy(torch.func.functional_call(model, params, x), y)
+        # dattri's LiSSA hands the labels over as floats.
+        return torch.nn.functional.cross_entropy(torch.func.functional_call(model, params, x), y.long())
     task = AttributionTask(loss_func=loss, model=model, checkpoints=model.state_dict())
     head = ["head.weight", "head.bias"]
     if name == "explicit": method = I.IFAttributorExplicit(task, head, regularization=damping)
