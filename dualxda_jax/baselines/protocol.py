@@ -32,7 +32,7 @@ def cross_entropy(logits: Array, label: Array) -> Array:
 
 def margin(logits: Array, label: Array) -> Array:
     """log(p / (1 − p)) of the label's probability p: its logit less the log-sum-exp of the others."""
-    others = jnp.where(jnp.arange(logits.shape[0]) == label, -jnp.inf, logits)
+    others = jnp.where(jnp.arange(logits.shape[0], dtype=jnp.result_type(label)) == label, -jnp.inf, logits)
     return logits[label] - jax.nn.logsumexp(others)
 
 
