@@ -6,6 +6,7 @@ The rooms, each a namespace that is loaded when it is first used:
 - `attribution`: scores, top-k, self-influence from a solution.
 - `xda`: relevance propagation of a pair's score to both inputs.
 - `features`, `models`, `data`: from a network and images to features.
+- `baselines`: the methods that DualDA is compared with, behind one protocol.
 - `evaluation`, `report`, `checkpoint`: metrics, pictures, files.
 """
 
@@ -15,14 +16,38 @@ from typing import TYPE_CHECKING, Any
 from dualxda_jax._version import __version__
 
 if TYPE_CHECKING:
-    from dualxda_jax import attribution, checkpoint, data, evaluation, features, models, report, svm, types, xda
+    from dualxda_jax import (
+        attribution,
+        baselines,
+        checkpoint,
+        data,
+        evaluation,
+        features,
+        models,
+        report,
+        svm,
+        types,
+        xda,
+    )
 
 _ROOMS = frozenset(
-    ["attribution", "checkpoint", "data", "evaluation", "features", "models", "report", "svm", "types", "xda"]
+    [
+        "attribution",
+        "baselines",
+        "checkpoint",
+        "data",
+        "evaluation",
+        "features",
+        "models",
+        "report",
+        "svm",
+        "types",
+        "xda",
+    ]
 )
 
 __all__ = [
-    "__version__", "attribution", "checkpoint", "data", "evaluation", "features", "models", "report", "svm", "types",
+    "__version__", "attribution", "baselines", "checkpoint", "data", "evaluation", "features", "models", "report", "svm", "types",
     "xda",
 ]  # fmt: skip
 

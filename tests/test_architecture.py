@@ -66,7 +66,9 @@ def test_the_core_needs_only_jax_and_numpy(path):
     assert outside <= set(sys.stdlib_module_names)
 
 
-@pytest.mark.parametrize("name", [*CORE, "data", "models", "features", "checkpoint", "evaluation", "report", "cli"])
+@pytest.mark.parametrize(
+    "name", [*CORE, "baselines", "data", "models", "features", "checkpoint", "evaluation", "report", "cli"]
+)
 def test_importing_starts_no_device_and_sets_no_config(name):
     code = (
         "import jax; before = dict(jax.config.values)\n"

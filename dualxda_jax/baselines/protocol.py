@@ -22,8 +22,18 @@ Loss = Callable[[Array, Array], Array]
 
 
 def cross_entropy(logits: Array, label: Array) -> Array:
-    """Negative log-softmax at the label, for logits [k] and an integer label."""
-    return -jax.nn.log_softmax(logits)[label]
+    """Negative log-softmax at the label, for logits [k] and an integer label.
+
+    Computed as log(1 + exp(−margin)): where the label is nearly certain, the gradient of log-softmax is a difference of
+    nearly equal numbers, and little of its direction is left in float32.
+    """
+    return jax.nn.softplus(-margin(logits, label))
+
+
+def margin(logits: Array, label: Array) -> Array:
+    """log(p / (1 − p)) of the label's probability p: its logit less the log-sum-exp of the others."""
+    others = jnp.where(jnp.arange(logits.shape[0], dtype=jnp.result_type(label)) == label, -jnp.inf, logits)
+    return logits[label] - jax.nn.logsumexp(others)
 
 
 @jax.tree_util.register_dataclass

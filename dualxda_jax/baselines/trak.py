@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from dualxda_jax import _check
 from dualxda_jax.baselines import gradients, rows, select
 from dualxda_jax.baselines.projections import Projection
-from dualxda_jax.baselines.protocol import Context, Method, Stages, check_queries, staged
+from dualxda_jax.baselines.protocol import Context, Method, Stages, check_queries, margin, staged
 from dualxda_jax.baselines.settings import (
     Config,
     chunk_size,
@@ -44,12 +44,6 @@ class Fitted:
     solved: tuple[Array, ...]
     leverage: Array
     weights: Array
-
-
-def margin(logits: Array, label: Array) -> Array:
-    """log(p / (1 − p)) of the label: its logit less the log-sum-exp of the others."""
-    others = jnp.where(jnp.arange(logits.shape[0]) == label, -jnp.inf, logits)
-    return logits[label] - jax.nn.logsumexp(others)
 
 
 def trak(
@@ -136,9 +130,9 @@ def _compute_features(config: Config, context: Context, params: Any, key: Array)
 
     def both(x: Array, labels: Array) -> tuple[Array, Array]:
         found = _features(config, context, params, key, x, labels)
-        chances = jax.nn.softmax(context.logits(params, x), axis=-1)
-        label_chances = jnp.take_along_axis(chances, labels[:, None], axis=1)[:, 0]
-        return found, (1 - label_chances).astype(found.dtype)
+        # 1 − p, without the loss of digits where p is nearly 1.
+        doubts = jax.nn.sigmoid(-jax.vmap(margin)(context.logits(params, x), labels))
+        return found, doubts.astype(found.dtype)
 
     return gradients.map_chunks(both, (context.inputs, context.labels), chunk)
 

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 
 from dualxda_jax import baselines
 from dualxda_jax.baselines import projections
-from dualxda_jax.baselines.trak import margin
+from dualxda_jax.baselines.protocol import cross_entropy, margin
 
 N, Q, D, K = 40, 4, 5, 3
 
@@ -235,3 +235,11 @@ def test_margin_is_the_log_odds():
     p = jax.nn.softmax(z)
     for label in range(3):
         np.testing.assert_allclose(margin(z, label), jnp.log(p[label] / (1 - p[label])), rtol=1e-5)
+
+
+def test_the_loss_keeps_its_gradient_where_the_label_is_nearly_certain():
+    z = jnp.asarray([14.0, 0.5, 0.25, -1.0])
+    np.testing.assert_allclose(cross_entropy(z, 1), -jax.nn.log_softmax(z)[1], rtol=1e-6)
+    e = np.exp(np.asarray(z, np.float64))
+    p = e / e.sum()
+    np.testing.assert_allclose(jax.grad(cross_entropy)(z, 0), [-p[1:].sum(), *p[1:]], rtol=1e-5)

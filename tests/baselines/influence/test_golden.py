@@ -53,4 +53,6 @@ def test_scores_of_the_peers(name, x64):
     # The issue asks for a cosine of 0.999 in every row; the peers are met in size too.
     np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-8 * np.abs(expected).max())
     if f"self/{name}" in golden.files:
-        np.testing.assert_allclose(METHODS[name].self_influence(fitted), golden[f"self/{name}"], rtol=1e-8)
+        own = golden[f"self/{name}"]
+        # Not each in its own size: where the label is nearly certain, torch's gradient has lost digits that ours keeps.
+        np.testing.assert_allclose(METHODS[name].self_influence(fitted), own, rtol=0, atol=1e-8 * own.max())
