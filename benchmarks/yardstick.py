@@ -3,10 +3,11 @@
     python benchmarks/yardstick.py --data FOLDER [--subsets 50] [--out benchmarks/results/yardstick.json]
 
 The setting is dattri's (benchmark "mnist_lr"): the first 5,000 training and 500 test images, normalised by 0.1307 and
-0.3081; SGD without momentum, rate 0.01, batches of 64, 20 passes; networks retrained on random halves from initial weights and
-shuffles of their own. LDS: per test sample, Spearman between the summed scores of a half and the negative loss at the
-true label of the network trained on it; the mean over the test samples. dattri projects TracIn, GradDot and GradCos to 512
-dimensions, takes 10 networks trained on all samples as TracIn's checkpoints, and networks trained on halves as TRAK's.
+0.3081; SGD without momentum, rate 0.01, batches of 64, 20 passes; networks retrained on random halves from initial
+weights and shuffles of their own. LDS: per test sample, Spearman between the summed scores of a half and the negative
+loss at the true label of the network trained on it; the mean over the test samples. dattri projects TracIn, GradDot and
+GradCos to 512 dimensions, takes 10 networks trained on all samples as TracIn's checkpoints, and networks trained on
+halves as TRAK's.
 """
 
 import argparse

@@ -32,23 +32,14 @@ if TYPE_CHECKING:
 
 _ROOMS = frozenset(
     [
-        "attribution",
-        "baselines",
-        "checkpoint",
-        "data",
-        "evaluation",
-        "features",
-        "models",
-        "report",
-        "svm",
-        "types",
+        "attribution", "baselines", "checkpoint", "data", "evaluation", "features", "models", "report", "svm", "types",
         "xda",
     ]
-)
+)  # fmt: skip
 
 __all__ = [
-    "__version__", "attribution", "baselines", "checkpoint", "data", "evaluation", "features", "models", "report", "svm", "types",
-    "xda",
+    "__version__", "attribution", "baselines", "checkpoint", "data", "evaluation", "features", "models", "report",
+    "svm", "types", "xda",
 ]  # fmt: skip
 
 
