@@ -2,7 +2,7 @@
 
     python benchmarks/solver.py --peer PEER_PYTHON --data mnist=FILE.npz --costs 1e-5 1e-3 1e-1 --out solver.json
 
-FILE.npz holds F [n, d] float32 and Y [n]. PEER_PYTHON is a Python with `sklearn_dual` (see
+FILE.npz holds F [n, d] and Y [n]. PEER_PYTHON is a Python with `sklearn_dual` (see
 tests/golden/make_liblinear.py); without it the peer is skipped and ours solves to a gap of 1e-5. With it, the peer runs
 at its default tolerance, its gap is computed from its dual variables, and ours must reach that gap, but not less than
 1e-5. Ours is compiled before it is timed (the first call is reported apart) and ends only when its arrays are ready.
@@ -64,12 +64,12 @@ def run_ours(features, labels, k, cost, tolerance, repeats):
     return times[0], statistics.median(times[1:]), solution
 
 
-def measure(name, path, cost, peer, repeats):
+def measure(name, path, cost, peer, repeats, dtype):
     data = np.load(path)
-    features, labels = jax.device_put(data["F"].astype(np.float32)), data["Y"].astype(np.int32)
+    features, labels = jax.device_put(data["F"].astype(dtype)), data["Y"].astype(np.int32)
     n, d = features.shape
     k = int(labels.max()) + 1
-    row = {"problem": name, "n": n, "d": d, "k": k, "dtype": "float32", "cost": cost}
+    row = {"problem": name, "n": n, "d": d, "k": k, "dtype": dtype, "cost": cost}
     tolerance = 1e-5
     if peer:
         row["peer_seconds"], alpha = run_peer(peer, path, cost, repeats)
@@ -112,13 +112,15 @@ def main():
     parser.add_argument("--data", nargs="+", required=True, metavar="NAME=FILE.npz")
     parser.add_argument("--costs", nargs="+", type=float, default=[1e-5, 1e-3, 1e-1])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", choices=["float32", "float64"], default="float32", help="the peer's is float64")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("solver.json"))
     given = parser.parse_args()
+    jax.config.update("jax_enable_x64", given.dtype == "float64")
     rows = []
     for item in given.data:
         name, path = item.split("=", 1)
         for cost in given.costs:
-            rows.append(measure(name, path, cost, given.peer, given.repeats))
+            rows.append(measure(name, path, cost, given.peer, given.repeats, given.dtype))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     speedups = [r["speedup"] for r in rows if "speedup" in r]
     machine = {

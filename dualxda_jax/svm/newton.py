@@ -10,9 +10,8 @@ solved by conjugate gradients over those rows alone. Along the direction z chang
 needs projections but no product with the features. Then the anchor moves to q and the penalty grows. Every q is
 feasible, so that every step has an exact gap, and zeros are exact.
 
-What was measured: asking conjugate gradients for a residual of 0.1 is the best of 0.03, 0.1 and 0.3 of the gradient;
-a preconditioner from the covariance of the free rows, exact or of rank 64, took as many iterations as none, since the
-directions that all classes of a row share cost nothing in the Hessian but much in the preconditioner.
+A preconditioner from the covariance of the free rows, exact or of rank 64, took as many iterations as none: directions
+that all classes of a row share cost nothing in the Hessian but much in the preconditioner.
 
 Source: Yan & Li, Efficient semismooth Newton for SVMs (2019), and Niu et al. (2019), for two classes; the multi-class
 form replaces their scalar projection by the one onto the simplex.

@@ -8,10 +8,7 @@ A survey of all samples afterwards finds those that changed their mind, and the 
 
 The first W comes from a sample of the rows, at a cost scaled up to weigh as much as all of them.
 
-What lost, on 60,000 × 100 × 10 features of a CNN and 50,000 × 512 × 10 synthetic ones: Newton steps over all samples
-until few are undecided took 98 and 11 passes with thousands of free rows in each, five to ten times the time of
-starting from a sample; blocks of all samples below a fixed lead, in place of those that lead least for their norm, took
-twice as many rounds. Surveying at W(α) in place of W left the gap between 8e-3 and 1e-1, since slack grows with the
+What lost is in benchmarks/README.md. Surveying at W(α) in place of W left the gap between 8e-3 and 1e-1, since slack grows with the
 distance of the two, times the cost.
 
 Source: the idea is LIBLINEAR's shrinking (Keerthi et al., KDD 2008) with a Newton method inside; the bound on scores is
