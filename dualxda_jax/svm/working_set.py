@@ -8,8 +8,8 @@ A survey of all samples afterwards finds those that changed their mind, and the 
 
 The first W comes from a sample of the rows, at a cost scaled up to weigh as much as all of them.
 
-What lost is in benchmarks/README.md. Surveying at W(α) in place of W left the gap between 8e-3 and 1e-1, since slack grows with the
-distance of the two, times the cost.
+What lost is in benchmarks/README.md. Surveying at W(α) in place of W left the gap between 8e-3 and 1e-1, since slack
+grows with the distance of the two, times the cost.
 
 Source: the idea is LIBLINEAR's shrinking (Keerthi et al., KDD 2008) with a Newton method inside; the bound on scores is
 that of gap-safe screening (Ndiaye et al., JMLR 2017).
