@@ -62,12 +62,22 @@ def inner_jaxpr(equation: JaxprEqn) -> tuple[Jaxpr, Sequence[Any]] | None:
 def bodies(equation: JaxprEqn) -> tuple[ClosedJaxpr, ...]:
     """The body of a scan or shard_map, the branches of a cond or switch; empty for any other equation."""
     name, params = equation.primitive.name, equation.params
-    if name == "scan":
-        return (params["jaxpr"],)
-    if name == "shard_map":
-        inner = params["jaxpr"]
-        return (inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ()),)
+    if name in ("scan", "shard_map"):
+        return (_closed(params["jaxpr"]),)
     return tuple(params["branches"]) if name == "cond" else ()
+
+
+def _closed(inner: Any) -> ClosedJaxpr:
+    return inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ())
+
+
+def _loop(params: dict[str, Any]) -> tuple[int, int]:
+    """How many operands of a scan are the same in every round, and how many it carries on."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    # jax 0.12 says it by the shape of a tree: (constants, carry, slices).
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
 
 
 def decisions(equation: JaxprEqn) -> int:
@@ -79,8 +89,8 @@ def carries(equation: JaxprEqn) -> tuple[tuple[int, int], ...]:
     """(place among the outputs, place among the inputs) in the body of a scan of everything that it carries on."""
     if equation.primitive.name != "scan":
         return ()
-    first = equation.params["num_consts"]
-    return tuple((i, first + i) for i in range(equation.params["num_carry"]))
+    first, carried = _loop(equation.params)
+    return tuple((i, first + i) for i in range(carried))
 
 
 def rebind_bodies(
@@ -113,15 +123,16 @@ def rebind_bodies(
             check_vma=p["check_vma"],
         )
         return tuple(mapped(*values))
-    consts, first = p["num_consts"], p["num_consts"] + p["num_carry"]
+    consts, carried = _loop(p)
+    first = consts + carried
     fixed, carry, slices = values[:consts], tuple(values[consts:first]), tuple(values[first:])
 
     def body(carry: tuple[Any, ...], slices: tuple[Any, ...], *round_: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         found = tuple(functions[0](*fixed, *carry, *slices, *round_))
-        return found[: p["num_carry"]], found[p["num_carry"] :]
+        return found[:carried], found[carried:]
 
     if not unroll:
-        if any(e.primitive.name in _REMAT for e in p["jaxpr"].jaxpr.eqns):
+        if any(e.primitive.name in _REMAT for e in _closed(p["jaxpr"]).jaxpr.eqns):
             body = jax.checkpoint(body, prevent_cse=False)
         carry, stacked = jax.lax.scan(body, carry, slices, length=p["length"], reverse=p["reverse"], unroll=p["unroll"])
         return (*carry, *stacked)
