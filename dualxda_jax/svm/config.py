@@ -5,6 +5,8 @@ import math
 
 from dualxda_jax import _check
 
+METHODS = ("auto", "coordinate", "newton")
+
 
 class NotConvergedWarning(UserWarning):
     """A solve ended above its tolerance; the solution and its true gap are returned all the same."""
@@ -23,7 +25,10 @@ class SolverConfig:
         growth: its growth each time that the anchor moves.
         accuracy: the part of the gap that the inner problem may leave before the anchor moves.
         max_newton: Newton steps of a block, and before an inner problem counts as too hard.
-        block: samples to solve for at once; the others are held fixed meanwhile.
+        block: samples to solve for at once at least; the others are held fixed meanwhile.
+        method: how a block is solved. "coordinate": coordinate ascent with steps on the face, sequential but lean, for
+            CPUs; "newton": semismooth Newton on the augmented Lagrangian, a few large products, for accelerators;
+            "auto": by the device that the features are on, and "newton" where they are spread over several.
     """
 
     tolerance: float = 1e-4
@@ -34,7 +39,8 @@ class SolverConfig:
     growth: float = 3.0
     accuracy: float = 0.1
     max_newton: int = 50
-    block: int = 4096
+    block: int = 1024
+    method: str = "auto"
 
     def __post_init__(self) -> None:
         positive = {"tolerance": self.tolerance, "penalty": self.penalty, "accuracy": self.accuracy}
@@ -44,6 +50,8 @@ class SolverConfig:
         for name in ("max_epochs", "chunk", "max_newton", "block"):
             if getattr(self, name) < 1:
                 _check.fail(f"config.{name}", getattr(self, name), "1 or more")
+        if self.method not in METHODS:
+            _check.fail("config.method", repr(self.method), f"one of {', '.join(METHODS)}")
         if not (math.isfinite(self.growth) and self.growth > 1):
             _check.fail("config.growth", self.growth, "finite and above 1")
         if not (math.isfinite(self.intercept_scaling) and self.intercept_scaling >= 0):

@@ -1,8 +1,4 @@
-"""The loops around the rounds of `working_set`: one on the host, one inside a trace.
-
-On the host a solve starts from a small sample and then, if there are many rows, from larger ones; surveys run in
-float32 while the gap is wide; and working sets grow and shrink with the number of undecided samples. Inside a trace the
-same rounds run with one size, in float64.
+"""A solve inside a trace, and the certificate. `host` has the loop on the host.
 
 What is certified in the end is not what the rounds look at: they see (W, α) with W ≠ W(α), in float64. What is returned
 is α rounded to its dtype, with W(α): certified anew, and solved further where that is not enough.
@@ -10,16 +6,16 @@ is α rounded to its dtype, with W(α): certified anew, and solved further where
 
 import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dualxda_jax.svm import rounds as rounds_of
 from dualxda_jax.svm import working_set
 from dualxda_jax.svm.config import SolverConfig
-from dualxda_jax.svm.inputs import Start, result_dtype
+from dualxda_jax.svm.inputs import Start, in_trace, result_dtype
 from dualxda_jax.svm.problem import (
     Array,
     Problem,
@@ -31,16 +27,12 @@ from dualxda_jax.svm.problem import (
     weights_of,
 )
 from dualxda_jax.svm.working_set import SolverState
-from dualxda_jax.types import Progress, SolveInfo
+from dualxda_jax.types import SolveInfo
 
 # Certificates of rounded coefficients that may fall short before a solve gives up.
 MAX_ROUNDS = 5
-# Samples of growing size: each has this many times the rows of the one before and is solved to this gap.
-LEVEL_GROWTH, LEVEL_GAP = 4, 0.1
-# Surveys in float32 until the gap is this small.
-PRECISE_GAP = 1e-2
-# Working sets hold this many times the samples that are undecided, and at most double from one round to the next.
-ROOM = 1.5
+# Newton's method takes blocks this much larger than coordinate ascent.
+NEWTON_BLOCKS = 4
 
 
 class Data(NamedTuple):
@@ -52,9 +44,27 @@ class Data(NamedTuple):
     margin: Array
 
 
-def _problem(data: Data, num_classes: int, config: SolverConfig) -> Problem:
+def problem_from(data: Data, num_classes: int, config: SolverConfig) -> Problem:
+    """The data of a solve as a problem."""
     problem = problem_of(data.features, data.labels, data.costs, num_classes, config)
     return dataclasses.replace(problem, margin=data.margin.astype(jnp.float64))
+
+
+def resolved(config: SolverConfig, features: Any) -> SolverConfig:
+    """The config with a method in the place of "auto"."""
+    if config.method != "auto":
+        return config
+    if in_trace(features):
+        devices, platform = 1, jax.default_backend()
+    else:
+        places = features.devices()
+        devices, platform = len(places), next(iter(places)).platform
+    return dataclasses.replace(config, method="coordinate" if platform == "cpu" and devices == 1 else "newton")
+
+
+def least_block(config: SolverConfig) -> int:
+    """Rows of the smallest block."""
+    return config.block * (NEWTON_BLOCKS if config.method == "newton" else 1)
 
 
 def margin_for(rounds: Array | int, config: SolverConfig, dtype: Any) -> Array:
@@ -72,18 +82,37 @@ def margin_for(rounds: Array | int, config: SolverConfig, dtype: Any) -> Array:
 
 
 def begin(data: Data, start: Start | None, num_classes: int, config: SolverConfig) -> SolverState:
-    """The first state, in a trace: from a solution if there is one, from a sample of many rows, from zero else."""
-    problem = _problem(data, num_classes, config)
+    """The first state, in a trace: from a solution, or from zero, by sweeps or a sample where there are many rows."""
+    problem = problem_from(data, num_classes, config)
     n, k = data.features.shape[0], num_classes
     none = jnp.zeros((), jnp.float64)
     if start is not None:
         return _warm(problem, start, config)
-    if n <= config.block:
-        q = from_coefficients(jnp.zeros((n, k), jnp.float64), problem.labels, problem.cost)
-        penalty = working_set.first_penalty(problem, config)
-        return working_set.begin(problem, q, jnp.zeros_like(problem.offset), penalty, none, config, assign=False)
-    weights, penalty, visits = working_set.weights_from_sample(problem, config.block, config)
-    return working_set.begin(problem, jnp.zeros((k, n), jnp.float64), weights, penalty, visits, config, assign=True)
+    nothing = from_coefficients(jnp.zeros((n, k), jnp.float64), problem.labels, problem.cost)
+    by_newton = config.method == "newton"
+    if n <= least_block(config):
+        penalty = working_set.first_penalty(problem, config) if by_newton else none
+        return working_set.begin(
+            problem, nothing, jnp.zeros_like(problem.offset), penalty, none, config, assign=False, exact=not by_newton
+        )
+    if by_newton:
+        weights, penalty, visits = working_set.weights_from_sample(problem, least_block(config), config)
+        return working_set.begin(problem, jnp.zeros((k, n), jnp.float64), weights, penalty, visits, config, assign=True)
+    dtype = result_dtype(data.features)
+
+    def sweep(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        weights, q, _, i = carry
+        swept = rounds_of.sweep_all(problem, weights, q)
+        return swept.weights, swept.simplex, swept.moved, i + 1
+
+    def unfinished(carry: tuple[Array, Array, Array, Array]) -> Array:
+        _, _, moved, i = carry
+        many = ~rounds_of.few(moved, n) & (i < min(rounds_of.MOST_SWEEPS, config.max_epochs))
+        return many | (i < min(rounds_of.LEAST_SWEEPS, config.max_epochs))
+
+    first = (jnp.zeros_like(problem.offset, dtype), nothing.astype(dtype), jnp.int32(n), jnp.int32(0))
+    _, q, _, i = lax.while_loop(unfinished, sweep, first)
+    return rounds_of.state_at(problem, q, i.astype(jnp.float64) * n, config)
 
 
 def _warm(problem: Problem, start: Start, config: SolverConfig) -> SolverState:
@@ -98,7 +127,10 @@ def _warm(problem: Problem, start: Start, config: SolverConfig) -> SolverState:
     led = working_set.begin(problem, q, given, penalty, kept.visits, config, assign=True)
     kept = dataclasses.replace(kept, visits=led.visits)
     better = led.gap < kept.gap
-    return jax.tree.map(lambda a, b: jnp.where(better, a, b), led, kept)
+    best: SolverState = jax.tree.map(lambda a, b: jnp.where(better, a, b), led, kept)
+    if config.method == "newton":
+        return best
+    return rounds_of.state_at(problem, best.simplex, best.visits, config)
 
 
 def info_of(primal: Array, gap: Array, epochs: Array, config: SolverConfig, dtype: Any) -> SolveInfo:
@@ -125,9 +157,9 @@ def next_target(target: Any, config: SolverConfig) -> Any:
 @functools.partial(jax.jit, static_argnames=("num_classes", "config"))
 def solve_traced(data: Data, start: Start | None, *, num_classes: int, config: SolverConfig) -> tuple[Array, SolveInfo]:
     """The whole solve as one program: (coefficients [n, k], info)."""
-    problem = _problem(data, num_classes, config)
+    problem = problem_from(data, num_classes, config)
     n, dtype = data.features.shape[0], result_dtype(data.features)
-    size = min(n, max(config.block, -(-n // 8)))
+    size = min(n, max(NEWTON_BLOCKS * config.block, -(-n // 8)))
     state = begin(data, start, num_classes, config)
 
     def solve_to(state: SolverState, target: Array, margin: Array) -> SolverState:
@@ -140,7 +172,7 @@ def solve_traced(data: Data, start: Start | None, *, num_classes: int, config: S
                 & (state.epochs < config.max_epochs)
             )
 
-        return lax.while_loop(unfinished, lambda s: working_set.step(asked, s, target, size, config), state)
+        return lax.while_loop(unfinished, lambda s: rounds_of.step(asked, s, target, size, config), state)
 
     def again(carry: Any) -> Array:
         state, _, (_, primal, gap), rounds = carry
@@ -170,121 +202,20 @@ def first_state(data: Data, start: Start | None, *, num_classes: int, config: So
     return begin(data, start, num_classes, config)
 
 
-@functools.partial(jax.jit, static_argnames=("num_classes", "config", "assign"))
-def _surveyed(
-    data: Data, weights: Array, penalty: Array, visits: Array, *, num_classes: int, config: SolverConfig, assign: bool
-) -> SolverState:
-    problem = _problem(data, num_classes, config)
-    q = jnp.zeros((num_classes, data.features.shape[0]), jnp.float64)
-    return working_set.begin(problem, q, weights, penalty, visits, config, assign=assign)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "num_classes"))
-def _sampled(data: Data, *, num_classes: int, config: SolverConfig) -> tuple[Array, Array, Array]:
-    return working_set.weights_from_sample(_problem(data, num_classes, config), config.block, config)
-
-
 @functools.partial(jax.jit, static_argnames=("config", "size", "precise"))
 def one_round(
     data: Data, state: SolverState, target: Array, *, size: int, config: SolverConfig, precise: bool
 ) -> tuple[SolverState, Array, Array]:
     """A round, and what the host decides by: the relative gap, and how many samples are undecided."""
-    problem = _problem(data, state.weights.shape[0], config)
-    state = working_set.step(problem, state, target, size, config, None if precise else jnp.float32)
+    problem = problem_from(data, state.weights.shape[0], config)
+    state = rounds_of.step(problem, state, target, size, config, None if precise else jnp.float32)
     return state, relative(state.gap, state.primal), state.undecided
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def certified(data: Data, state: SolverState, *, config: SolverConfig) -> tuple[Array, SolveInfo]:
     """The coefficients of a state with their certificate."""
-    problem = _problem(data, state.weights.shape[0], config)
+    problem = problem_from(data, state.weights.shape[0], config)
     dtype = result_dtype(data.features)
     coefficients, primal, gap = certificate(problem, state.simplex, dtype)
     return coefficients, info_of(primal, gap, state.epochs + 2, config, dtype)
-
-
-@jax.jit
-def _subset(data: Data, places: Array) -> Data:
-    """Some rows, at costs scaled up to weigh as much as all of them."""
-    costs = data.costs[places]
-    scale = jnp.sum(data.costs) / jnp.maximum(jnp.sum(costs), jnp.finfo(costs.dtype).tiny)
-    return Data(data.features[places], data.labels[places], costs * scale, data.margin)
-
-
-def solve_on_host(
-    data: Data, start: Start | None, *, num_classes: int, config: SolverConfig, progress: Progress | None
-) -> tuple[Array, SolveInfo]:
-    """The solve with its loop on the host: (coefficients [n, k], info)."""
-    state = _first_on_host(data, start, num_classes, config)
-    size = min(data.features.shape[0], config.block)
-    target, dtype = config.tolerance, result_dtype(data.features)
-    report = _reporter(progress, config)
-    for rounds in range(MAX_ROUNDS):
-        asked = data._replace(margin=margin_for(rounds, config, dtype))
-        state, size = _to_gap(asked, state, target, size, config, report, at_least=1 if rounds else 0)
-        coefficients, info = certified(data, state, config=config)
-        state = dataclasses.replace(state, visits=state.visits + 2.0 * data.features.shape[0])
-        if bool(info.converged) or not math.isfinite(float(info.gap)) or int(state.epochs) >= config.max_epochs:
-            break
-        target = float(next_target(target, config))
-    report(float(info.gap))
-    return coefficients, info
-
-
-def _first_on_host(data: Data, start: Start | None, num_classes: int, config: SolverConfig) -> SolverState:
-    n = data.features.shape[0]
-    given = {"num_classes": num_classes, "config": config}
-    if start is not None or n <= config.block:
-        return first_state(data, start, **given)
-    weights, penalty, visits = _sampled(data, **given)
-    rows = LEVEL_GROWTH * config.block
-    while rows * LEVEL_GROWTH <= n:
-        part = _subset(data, jnp.asarray(working_set.sample_places(n, rows)))
-        state = _surveyed(part, weights, penalty, jnp.zeros((), jnp.float64), **given, assign=True)
-        state, _ = _to_gap(part, state, LEVEL_GAP, config.block, config, lambda ratio: None)
-        weights, penalty, visits = state.weights, state.penalty, visits + state.visits
-        rows *= LEVEL_GROWTH
-    return _surveyed(data, weights, penalty, visits, **given, assign=True)
-
-
-def _to_gap(
-    data: Data, state: SolverState, target: float, size: int, config: SolverConfig, report: Any, at_least: int = 0
-) -> tuple[SolverState, int]:
-    """Rounds until the relative gap is reached, or passes run out; the working set's size at the end, too."""
-    ratio = float(relative(state.gap, state.primal))
-    n = data.features.shape[0]
-    goal = jnp.asarray(target, jnp.float64)
-    always = data.features.dtype == jnp.float64
-    precise = True
-    while True:
-        report(ratio)
-        if (
-            math.isnan(ratio)
-            or int(state.epochs) >= config.max_epochs
-            or (ratio <= target and precise and at_least <= 0)
-        ):
-            return state, size
-        precise = always or ratio <= PRECISE_GAP
-        state, seen, undecided = one_round(data, state, goal, size=size, config=config, precise=precise)
-        ratio, at_least = float(seen), at_least - 1
-        size = _next_size(size, int(undecided), n, config.block)
-
-
-def _next_size(size: int, undecided: int, n: int, least: int) -> int:
-    """Rows of the next working set: a power of two times `least`, so that few programs are compiled."""
-    wanted = least
-    while wanted < ROOM * undecided and wanted < 2 * size:
-        wanted *= 2
-    return min(wanted, n)
-
-
-def _reporter(progress: Progress | None, config: SolverConfig) -> Any:
-    """Digits of the gap gained and to gain, in thousandths."""
-    goal = max(round(-1000.0 * math.log10(config.tolerance)), 1)
-
-    def report(ratio: float) -> None:
-        if progress is not None:
-            digits = -1000.0 * math.log10(max(ratio, 1e-300)) if math.isfinite(ratio) else 0.0
-            progress(min(max(round(digits), 0), goal), goal)
-
-    return report

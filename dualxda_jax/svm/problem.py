@@ -148,8 +148,8 @@ def weights_of(problem: Problem, simplex: Array) -> Array:
     """[k, D] = W(α) for α = C (e_y − q), q = simplex [k, n]."""
 
     def add(chunk: Chunk, start: Array, total: Array) -> Array:
-        alpha = alpha_of(columns(simplex, start, chunk), chunk.one_hot, chunk.cost)
-        return total + outer(alpha, chunk, problem.intercept_scaling)
+        alpha = alpha_of(columns(simplex, start, chunk).astype(chunk.cost.dtype), chunk.one_hot, chunk.cost)
+        return total + outer(alpha, chunk, problem.intercept_scaling).astype(total.dtype)
 
     return over_rows(problem, simplex.shape[0], add, problem.offset)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dualxda_jax import _check
-from dualxda_jax.svm import driver, implicit
+from dualxda_jax.svm import driver, host, implicit
 from dualxda_jax.svm.config import DEFAULT, NotConvergedWarning, SolverConfig
 from dualxda_jax.svm.inputs import in_trace, prepare, result_dtype, start_of
 from dualxda_jax.svm.problem import Array
@@ -30,6 +30,7 @@ def init(
     start = start_of(init, features, num_classes, config.intercept_scaling)
     with jax.enable_x64(True):
         data = driver.Data(features, labels, costs, jnp.ones((), jnp.float64))
+        config = driver.resolved(config, features)
         return driver.first_state(data, start, num_classes=num_classes, config=config)
 
 
@@ -57,7 +58,9 @@ def step(
     features, labels, costs = prepare(features, labels, num_classes, cost, sample_weight)
     with jax.enable_x64(True):
         data = driver.Data(features, labels, costs, jnp.ones((), jnp.float64))
-        target, size = jnp.asarray(config.tolerance, jnp.float64), min(features.shape[0], config.block)
+        config = driver.resolved(config, features)
+        target = jnp.asarray(config.tolerance, jnp.float64)
+        size = min(features.shape[0], driver.NEWTON_BLOCKS * config.block)
         state, *_ = driver.one_round(data, state, target, size=size, config=config, precise=True)
         return state, driver.info_of(state.primal, state.gap, state.epochs, config, result_dtype(features))
 
@@ -80,7 +83,7 @@ def finish(
     features, labels, costs = prepare(features, labels, num_classes, cost, sample_weight)
     with jax.enable_x64(True):
         data = driver.Data(features, labels, costs, jnp.ones((), jnp.float64))
-        coefficients, info = driver.certified(data, state, config=config)
+        coefficients, info = driver.certified(data, state, config=driver.resolved(config, features))
     return _solution(coefficients, features, info, config)
 
 
@@ -125,9 +128,10 @@ def solve(
     start = start_of(init, features, num_classes, config.intercept_scaling)
     with jax.enable_x64(True):
         data = driver.Data(features, labels, costs, jnp.ones((), jnp.float64))
+        config = driver.resolved(config, features)
         data, start = lax.stop_gradient((data, start))
         if not in_trace(data, start):
-            coefficients, info = driver.solve_on_host(
+            coefficients, info = host.solve_on_host(
                 data, start, num_classes=num_classes, config=config, progress=progress
             )
         elif progress is None:

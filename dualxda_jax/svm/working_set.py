@@ -51,6 +51,10 @@ MAX_START, START_BY_GAP = 1e3, 0.5
 STIFF = 1e3
 # Part of the gap that ½‖W − W(α)‖² may be after a block.
 CLOSENESS = 0.05
+# What a sample on several classes is behind at least.
+BARELY = 1e-12
+# Norms below this count as this where leads are divided by them.
+SHORTEST = 1e-20
 GOLDEN = 0.5 * (math.sqrt(5.0) - 1.0)
 
 
@@ -67,7 +71,8 @@ class SolverState:
         first_penalty: scalar, the one that the solve began with.
         primal: scalar, primal objective at W.
         slack: scalar, the duality gap of (W, α) less ½‖W − W(α)‖².
-        lead: [n] by how much the only class of q_i leads all others in z_i; −inf where q_i has several.
+        lead: [n] by how much the only class of q_i leads all others in z_i; where q_i has several, minus what the
+            last of them is behind the first, and always below 0.
         norms: [n] ‖(φ_i, b)‖.
         visits: scalar, samples looked at so far.
     """
@@ -115,7 +120,7 @@ def norms_of(problem: Problem) -> Array:
     return over_rows(problem, problem.offset.shape[0], add, jnp.zeros(n, jnp.float32))
 
 
-def survey(problem: Problem, weights: Array, q: Array, *, assign: bool) -> dict[str, Array]:
+def survey(problem: Problem, weights: Array, q: Array, *, assign: bool, exact: bool = False) -> dict[str, Array]:
     """One pass over all samples at W: the fields of `SolverState` that it gives.
 
     Args:
@@ -123,6 +128,7 @@ def survey(problem: Problem, weights: Array, q: Array, *, assign: bool) -> dict[
         weights: [k, D].
         q: [k, n].
         assign: put every sample on the class that leads first, whatever q says.
+        exact: W is W(α), which need not be made anew.
     """
     low = problem.cost.dtype
     weights_low = weights.astype(low)
@@ -142,14 +148,16 @@ def survey(problem: Problem, weights: Array, q: Array, *, assign: bool) -> dict[
             mine = columns(q, start, chunk).astype(low)
         hinge = highest - jnp.sum(plain * chunk.one_hot, axis=0)
         slack = jnp.sum(mine * (highest[None, :] - z), axis=0)
-        alpha = alpha_of(mine, chunk.one_hot, chunk.cost)
-        made = made + outer(alpha, chunk, problem.intercept_scaling).astype(made.dtype)
+        if not exact:
+            alpha = alpha_of(mine, chunk.one_hot, chunk.cost)
+            made = made + outer(alpha, chunk, problem.intercept_scaling).astype(made.dtype)
         ahead = _lead(mine, z).astype(lead.dtype)
         sums = sums + jnp.stack([jnp.sum(chunk.cost * hinge), jnp.sum(chunk.cost * slack)]).astype(sums.dtype)
         return q, lax.dynamic_update_slice_in_dim(lead, ahead, start, 0), made, sums
 
     n = q.shape[1]
-    first = (q, jnp.zeros(n, jnp.float32), problem.offset, jnp.zeros(2, weights.dtype))
+    start = weights if exact else problem.offset
+    first = (q, jnp.zeros(n, jnp.float32), start, jnp.zeros(2, weights.dtype))
     q, lead, made, sums = over_rows(problem, q.shape[0], add, first)
     primal = 0.5 * jnp.sum(weights * weights) + sums[0]
     return {"simplex": q, "lead": lead, "made": made, "primal": primal, "slack": sums[1]}
@@ -158,8 +166,9 @@ def survey(problem: Problem, weights: Array, q: Array, *, assign: bool) -> dict[
 def _lead(q: Array, z: Array) -> Array:
     inside = q > 0.0
     single = jnp.sum(inside.astype(jnp.int32), axis=0, dtype=jnp.int32) == 1
-    ahead = jnp.min(jnp.where(inside, z, jnp.inf), axis=0) - jnp.max(jnp.where(inside, -jnp.inf, z), axis=0)
-    return jnp.where(single, ahead, -jnp.inf)
+    least = jnp.min(jnp.where(inside, z, jnp.inf), axis=0)
+    ahead = least - jnp.max(jnp.where(inside, -jnp.inf, z), axis=0)
+    return jnp.where(single, ahead, jnp.minimum(least - jnp.max(z, axis=0), -BARELY))
 
 
 def gather(problem: Problem, index: Array, valid: Array, offset: Array) -> newton.Rows:
@@ -205,19 +214,39 @@ def weights_from_sample(problem: Problem, size: int, config: SolverConfig) -> tu
 
 
 def begin(
-    problem: Problem, q: Array, weights: Array, penalty: Array, visits: Array, config: SolverConfig, *, assign: bool
+    problem: Problem,
+    q: Array,
+    weights: Array,
+    penalty: Array,
+    visits: Array,
+    config: SolverConfig,
+    *,
+    assign: bool,
+    exact: bool = False,
 ) -> SolverState:
     """The state after a first survey."""
-    seen = survey(problem, weights, q, assign=assign)
+    seen = survey(problem, weights, q, assign=assign, exact=exact)
     n = q.shape[1]
+    softest = penalty if config.method == "coordinate" else first_penalty(problem, config)
     return SolverState(
         weights=weights,
         penalty=penalty,
-        first_penalty=first_penalty(problem, config),
+        first_penalty=softest,
         norms=norms_of(problem),
         visits=visits + float(n),
         **seen,
     )
+
+
+def least_decided(problem: Problem, state: SolverState, size: int) -> tuple[Array, Array]:
+    """[size] places of the samples with the smallest lead for their norm, in that order, and which of them can move."""
+    n = state.norms.shape[0]
+    # What has no cost has no say, what has no features needs to find its class once, and NaN must not hide the others.
+    settled = (state.norms == 0.0) & (state.lead >= -2.0 * BARELY)
+    fixed = settled | (problem.cost == 0.0) | jnp.isnan(state.lead)
+    order = jnp.where(fixed, jnp.inf, state.lead / jnp.maximum(state.norms, SHORTEST))
+    index = lax.top_k(-order, size)[1].astype(jnp.int32) if size < n else jnp.arange(n, dtype=jnp.int32)
+    return index, jnp.isfinite(order[index])
 
 
 def solve_block(problem: Problem, state: SolverState, target: Array, size: int, config: SolverConfig) -> SolverState:
@@ -234,12 +263,9 @@ def solve_block(problem: Problem, state: SolverState, target: Array, size: int, 
         The state with new weights, q and penalty; what a survey tells is still that of before.
     """
     n = state.norms.shape[0]
-    # Nothing can move a sample without features or without cost, and NaN must not hide the others.
-    fixed = (state.norms == 0.0) | (problem.cost == 0.0) | jnp.isnan(state.lead)
-    order = jnp.where(fixed, jnp.inf, state.lead / jnp.maximum(state.norms, 1e-30))
-    index = lax.top_k(-order, size)[1].astype(jnp.int32) if size < n else jnp.arange(n, dtype=jnp.int32)
+    index, valid = least_decided(problem, state, size)
     mine = state.simplex[:, index]
-    rows = gather(problem, index, jnp.isfinite(order[index]) | (state.lead[index] == -jnp.inf), state.made)
+    rows = gather(problem, index, valid, state.made)
     held = state.made - contract(alpha_of(mine, rows.one_hot, rows.cost), rows.features, 1, 0)
     rows = rows._replace(offset=held)
     enough = 0.4 * target * state.primal
@@ -259,13 +285,3 @@ def solve_block(problem: Problem, state: SolverState, target: Array, size: int, 
         penalty=inner.penalty,
         visits=state.visits + inner.steps.astype(state.visits.dtype) * float(size),
     )
-
-
-def step(
-    problem: Problem, state: SolverState, target: Array, size: int, config: SolverConfig, low: Any = None
-) -> SolverState:
-    """A round: a block, then a survey of all samples, in the precision `low` if given."""
-    moved = solve_block(problem, state, target, size, config)
-    data = problem if low is None else dataclasses.replace(problem, cost=problem.cost.astype(low))
-    seen = survey(data, moved.weights, moved.simplex, assign=False)
-    return dataclasses.replace(moved, visits=moved.visits + float(state.norms.shape[0]), **seen)

@@ -1,0 +1,195 @@
+"""A step for all free samples at once: conjugate gradients on the face of the simplices that q lies on.
+
+Coordinate ascent soon finds which classes each q_i is on, and then takes long to balance them. On that face the dual is
+a quadratic in the free q_i, whose scores must become equal over the classes of each: the equation is solved by
+conjugate gradients, the step is brought back onto the simplices, and as much of it is taken as gains most. The dual
+objective cannot fall.
+
+An iteration reads the free rows once: with u the step in units of 1/(C_i ‖φ_i‖) and X the free rows at norm 1, the
+matrix is J X Xᵀ J, J the removal of the mean over the classes of a sample; the curvature along p is ‖Xᵀp‖², known
+before the rows are read for X(Xᵀp), after which the new residual is there for Xᵀr.
+
+Source: Moré & Toraldo, On the solution of large quadratic programming problems with bound constraints (1991), with
+coordinate ascent in the place of gradient projection.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from dualxda_jax.svm import simplex
+from dualxda_jax.svm.problem import Array, Problem, contract, one_hot_of, places
+
+PART = 256
+# Part of the residual that is left, the shares of the step that are tried, and the part of the gain that was promised
+# from which on no smaller share is tried.
+FORCING, SHARES, PROMISE = 0.1, (1.0, 0.3, 0.1, 0.03), 0.5
+
+
+class Face(NamedTuple):
+    """The free samples side by side, p of them, padded to whole parts.
+
+    Attributes:
+        order: [p] int32 their places among all.
+        parts: scalar int32, parts that hold any.
+        features: [p, D] at norm 1; zero beyond the free ones.
+        weight: [p] C_i ‖φ_i‖; 0 beyond.
+        norms: [p] ‖φ_i‖; 1 beyond.
+        q: [k, p].
+        active: [k, p] bool, q > 0.
+    """
+
+    order: Array
+    parts: Array
+    features: Array
+    weight: Array
+    norms: Array
+    q: Array
+    active: Array
+
+
+def improve(problem: Problem, weights: Array, q: Array, limit: int) -> tuple[Array, Array, Array]:
+    """Step on the face.
+
+    Args:
+        problem: a dense block, features [m, D] with the constant feature among them.
+        weights: [k, D] W(α).
+        q: [k, m], in the precision of the weights.
+        limit: iterations to take at most.
+
+    Returns:
+        (weights, q, rows read).
+    """
+    face = _face_of(problem, q)
+    labels = one_hot_of(problem.labels[face.order], q.shape[0], weights.dtype)
+
+    def scores(i: Array, z: Array) -> Array:
+        x = lax.dynamic_slice_in_dim(face.features, i * PART, PART)
+        return lax.dynamic_update_slice_in_dim(z, contract(weights, x, 1, 1), i * PART, 1)
+
+    nothing = jnp.asarray(0, jnp.int32)
+    z = lax.fori_loop(nothing, face.parts, scores, jnp.zeros_like(face.q))
+    # The gradient in u: the scores at norm 1, the margin with them.
+    slope = _balanced(face.active, z + problem.margin.astype(z.dtype) * (1.0 - labels) / face.norms[None, :])
+    step, iterations = _solve(face, slope, limit)
+    change, towards = _search(face, slope, step)
+    new = q.at[:, jnp.where(face.weight > 0.0, face.order, q.shape[1])].set(face.q + change, mode="drop")
+    return weights - towards, new, iterations * jnp.sum(face.weight > 0.0, dtype=jnp.int32)
+
+
+def _face_of(problem: Problem, q: Array) -> Face:
+    dtype, m = q.dtype, q.shape[1]
+    padded = -(-m // PART) * PART
+    cost = problem.cost.astype(dtype)
+    counts = jnp.arange(m, dtype=jnp.int32) < problem.rows
+    free = (jnp.sum(q > 0.0, axis=0, dtype=jnp.int32) > 1) & (cost > 0.0) & counts
+    total = jnp.sum(free, dtype=jnp.int32)
+    order = jnp.pad(places(free, m, 0), (0, padded - m))
+    counts = jnp.arange(padded, dtype=jnp.int32) < total
+    parts = (total + PART - 1) // PART
+
+    def lay(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        buffer, norms = carry
+        mine = lax.dynamic_slice_in_dim(order, i * PART, PART)
+        x = problem.features[mine].astype(dtype)
+        norm = jnp.sqrt(jnp.sum(x * x, axis=1))
+        there = lax.dynamic_slice_in_dim(counts, i * PART, PART) & (norm > 0.0)
+        x = jnp.where(there[:, None], x / jnp.where(there, norm, 1.0)[:, None], 0.0)
+        buffer = lax.dynamic_update_slice_in_dim(buffer, x, i * PART, 0)
+        return buffer, lax.dynamic_update_slice_in_dim(norms, jnp.where(there, norm, 0.0), i * PART, 0)
+
+    start = jnp.zeros((padded, problem.features.shape[1]), dtype), jnp.zeros(padded, dtype)
+    features, norms = lax.fori_loop(jnp.asarray(0, jnp.int32), parts, lay, start)
+    there = norms > 0.0
+    mine = jnp.where(there[None, :], q[:, order], 0.0)
+    weight = jnp.where(there, cost[order] * norms, 0.0)
+    return Face(order, parts, features, weight, jnp.where(there, norms, 1.0), mine, mine > 0.0)
+
+
+def _balanced(active: Array, values: Array) -> Array:
+    """Values [k, b] on the active classes less their mean over them."""
+    inside = jnp.where(active, values, 0.0)
+    count = jnp.maximum(jnp.sum(active, axis=0, keepdims=True, dtype=jnp.int32), 1).astype(values.dtype)
+    return jnp.where(active, inside - jnp.sum(inside, axis=0, keepdims=True) / count, 0.0)
+
+
+def _solve(face: Face, slope: Array, limit: int) -> tuple[Array, Array]:
+    """The step [k, p] in u by conjugate gradients, and its iterations."""
+
+    def over_parts(image: Array, share: Array, state: tuple[Array, Array, Array]) -> Any:
+        """U and r after a step along p, with Xᵀr and ‖r‖² of the new r."""
+
+        def one(i: Array, carry: Any) -> Any:
+            u, r, p, seen, square = carry
+            take = lambda a: lax.dynamic_slice_in_dim(a, i * PART, PART, 1)  # noqa: E731
+            put = lambda a, b: lax.dynamic_update_slice_in_dim(a, b, i * PART, 1)  # noqa: E731
+            x = lax.dynamic_slice_in_dim(face.features, i * PART, PART)
+            mine = take(r) - share * _balanced(take(face.active), contract(image, x, 1, 1))
+            u = put(u, take(u) + share * take(p))
+            return u, put(r, mine), p, seen + contract(mine, x, 1, 0), square + jnp.sum(mine * mine)
+
+        zero = jnp.zeros((), image.dtype)
+        return lax.fori_loop(jnp.asarray(0, jnp.int32), face.parts, one, (*state, jnp.zeros_like(image), zero))
+
+    def unfinished(state: Any) -> Array:
+        *_, square, i = state
+        return (square > goal) & (i < limit)
+
+    def iterate(state: Any) -> Any:
+        u, r, p, image, square, i = state
+        curvature = jnp.sum(image * image)
+        # A direction without curvature changes nothing: what is left of the residual is rounding.
+        share = jnp.where(curvature > 0.0, square / jnp.where(curvature > 0.0, curvature, 1.0), 0.0)
+        u, r, p, seen, new = over_parts(image, share, (u, r, p))
+        ratio = new / square
+        new = jnp.where(curvature > 0.0, new, 0.0)
+        return u, r, r + ratio * p, seen + ratio * image, new, i + 1
+
+    nothing = jnp.zeros_like(slope)
+    width = face.features.shape[1]
+    blank = jnp.zeros((slope.shape[0], width), slope.dtype)
+    _, _, _, image, square = over_parts(blank, jnp.zeros((), slope.dtype), (nothing, slope, nothing))
+    goal = FORCING**2 * square
+    first = (nothing, slope, slope, image, square, jnp.asarray(0, jnp.int32))
+    u, *_, iterations = lax.while_loop(unfinished, iterate, first)
+    return u, iterations
+
+
+def _search(face: Face, slope: Array, step: Array) -> tuple[Array, Array]:
+    """(change of q [k, p], Σ C_i change_i ⊗ φ_i): the share of the step that gains most once it is on the simplices."""
+    weight = face.weight[None, :]
+    delta = step / jnp.where(weight > 0.0, weight, 1.0)
+    promised = 0.5 * jnp.sum(slope * step)
+
+    def attempt(state: Any) -> Any:
+        best, change, image, j = state
+        share = jnp.asarray(SHARES, slope.dtype)[j]
+        point = jnp.where(face.active, face.q + share * delta, -jnp.inf)
+        # Columns beyond the free ones have no active class.
+        point = jnp.where(jnp.any(face.active, axis=0, keepdims=True), point, 0.0)
+        moved = jnp.where(face.active, simplex.project(point, axis=0) - face.q, 0.0)
+
+        def add(i: Array, total: Array) -> Array:
+            x = lax.dynamic_slice_in_dim(face.features, i * PART, PART)
+            part = lax.dynamic_slice_in_dim(weight * moved, i * PART, PART, 1)
+            return total + contract(part, x, 1, 0)
+
+        seen = lax.fori_loop(jnp.asarray(0, jnp.int32), face.parts, add, jnp.zeros_like(image))
+        rise, square = jnp.sum(slope * weight * moved), jnp.sum(seen * seen)
+        length = jnp.clip(rise / jnp.where(square > 0.0, square, 1.0), 0.0, 1.0)
+        gain = length * rise - 0.5 * length * length * square
+        better = gain > best
+        pick = lambda new, old: jnp.where(better, new, old)  # noqa: E731
+        return pick(gain, best), pick(length * moved, change), pick(length * seen, image), j + 1
+
+    def unfinished(state: Any) -> Array:
+        best, _, _, j = state
+        share = jnp.asarray(SHARES, slope.dtype)[jnp.maximum(j - 1, 0)]
+        return (j < len(SHARES)) & ((j == 0) | (best < PROMISE * share * (2.0 - share) * promised))
+
+    zero = jnp.zeros((), slope.dtype)
+    blank = jnp.zeros((slope.shape[0], face.features.shape[1]), slope.dtype)
+    first = (zero, jnp.zeros_like(step), blank, jnp.asarray(0, jnp.int32))
+    _, change, image, _ = lax.while_loop(unfinished, attempt, first)
+    return change, image

@@ -1,0 +1,208 @@
+"""The loop of a solve on the host, where sizes adapt to what is left to do and each program is compiled once.
+
+By coordinates: sweeps over all samples, then rounds in float32 until that is not precise enough, then in float64. By
+Newton's method: from a small sample and then, if there are many rows, from larger ones; surveys run in float32 while
+the gap is wide.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dualxda_jax.svm import coordinate, working_set
+from dualxda_jax.svm import rounds as rounds_of
+from dualxda_jax.svm.config import SolverConfig
+from dualxda_jax.svm.driver import (
+    MAX_ROUNDS,
+    Data,
+    certified,
+    first_state,
+    least_block,
+    margin_for,
+    next_target,
+    one_round,
+    problem_from,
+)
+from dualxda_jax.svm.inputs import Start, result_dtype
+from dualxda_jax.svm.problem import Array, one_hot_of, relative
+from dualxda_jax.svm.working_set import SolverState
+from dualxda_jax.types import Progress, SolveInfo
+
+# Samples of growing size: each has this many times the rows of the one before and is solved to this gap.
+LEVEL_GROWTH, LEVEL_GAP = 4, 0.1
+# Newton's method surveys in float32 until the gap is this small.
+PRECISE_GAP = 1e-2
+# Its blocks hold this many times the samples that are undecided, and at most double from one round to the next.
+ROOM = 1.5
+# Below the first, a round in float32 that leaves more than the second of the gap has reached what float32 can tell.
+FLOAT32_GAP, FLOAT32_FALL = 1e-3, 0.3
+
+
+@functools.partial(jax.jit, static_argnames=("num_classes", "config", "assign"))
+def _surveyed(
+    data: Data, weights: Array, penalty: Array, visits: Array, *, num_classes: int, config: SolverConfig, assign: bool
+) -> SolverState:
+    problem = problem_from(data, num_classes, config)
+    q = jnp.zeros((num_classes, data.features.shape[0]), jnp.float64)
+    return working_set.begin(problem, q, weights, penalty, visits, config, assign=assign)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "num_classes"))
+def _sampled(data: Data, *, num_classes: int, config: SolverConfig) -> tuple[Array, Array, Array]:
+    return working_set.weights_from_sample(problem_from(data, num_classes, config), least_block(config), config)
+
+
+@jax.jit
+def _subset(data: Data, places: Array) -> Data:
+    """Some rows, at costs scaled up to weigh as much as all of them."""
+    costs = data.costs[places]
+    scale = jnp.sum(data.costs) / jnp.maximum(jnp.sum(costs), jnp.finfo(costs.dtype).tiny)
+    return Data(data.features[places], data.labels[places], costs * scale, data.margin)
+
+
+def solve_on_host(
+    data: Data, start: Start | None, *, num_classes: int, config: SolverConfig, progress: Progress | None
+) -> tuple[Array, SolveInfo]:
+    """The solve with its loop on the host: (coefficients [n, k], info)."""
+    by_newton = config.method == "newton"
+    first, to_gap = (_sampled_start, _by_newton) if by_newton else (_swept_start, _by_coordinates)
+    report = _reporter(progress, config)
+    if start is not None or data.features.shape[0] <= least_block(config):
+        state = first_state(data, start, num_classes=num_classes, config=config)
+    else:
+        state = first(data, num_classes, config)
+    size = min(data.features.shape[0], least_block(config))
+    target, dtype = config.tolerance, result_dtype(data.features)
+    for rounds in range(MAX_ROUNDS):
+        asked = data._replace(margin=margin_for(rounds, config, dtype))
+        state, size = to_gap(asked, state, target, size, config, report, rounds > 0)
+        coefficients, info = certified(data, state, config=config)
+        state = dataclasses.replace(state, visits=state.visits + 2.0 * data.features.shape[0])
+        if bool(info.converged) or not math.isfinite(float(info.gap)) or int(state.epochs) >= config.max_epochs:
+            break
+        target = float(next_target(target, config))
+    report(float(info.gap))
+    return coefficients, info
+
+
+@functools.partial(jax.jit, static_argnames=("num_classes", "config"))
+def _sweep(data: Data, weights: Array, q: Array, *, num_classes: int, config: SolverConfig) -> coordinate.Swept:
+    return rounds_of.sweep_all(problem_from(data, num_classes, config), weights, q)
+
+
+@functools.partial(jax.jit, static_argnames=("num_classes", "config"))
+def _nothing(data: Data, *, num_classes: int, config: SolverConfig) -> tuple[Array, Array]:
+    """W and q of α = 0, in float32."""
+    problem = problem_from(data, num_classes, config)
+    one_hot = one_hot_of(data.labels, num_classes, jnp.float32)
+    return jnp.zeros_like(problem.offset, jnp.float32), one_hot
+
+
+@functools.partial(jax.jit, static_argnames=("num_classes", "config", "precise"))
+def _state_at(
+    data: Data, q: Array, visits: Array, *, num_classes: int, config: SolverConfig, precise: bool
+) -> SolverState:
+    problem = problem_from(data, num_classes, config)
+    return rounds_of.state_at(problem, q, visits, config, None if precise else jnp.float32)
+
+
+def _swept_start(data: Data, num_classes: int, config: SolverConfig) -> SolverState:
+    n = data.features.shape[0]
+    given = {"num_classes": num_classes, "config": config}
+    weights, q = _nothing(data, **given)
+    sweeps = 0
+    for sweeps in range(1, min(rounds_of.MOST_SWEEPS, config.max_epochs) + 1):
+        weights, q, _, moved = _sweep(data, weights, q, **given)
+        if sweeps >= rounds_of.LEAST_SWEEPS and rounds_of.few(int(moved), n):
+            break
+    return _state_at(data, q, jnp.asarray(float(sweeps * n)), **given, precise=False)
+
+
+def _by_coordinates(
+    data: Data, state: SolverState, target: float, size: int, config: SolverConfig, report: Any, precise: bool
+) -> tuple[SolverState, int]:
+    """Rounds until the relative gap is reached, or passes run out; the block's size at the end, too."""
+    n, goal = data.features.shape[0], jnp.asarray(target, jnp.float64)
+    given = {"num_classes": state.weights.shape[0], "config": config}
+
+    def exactly(state: SolverState) -> SolverState:
+        return _state_at(data, state.simplex, state.visits + 2.0 * n, **given, precise=True)
+
+    if precise:
+        state = exactly(state)
+    ratio, before = float(relative(state.gap, state.primal)), math.inf
+    while True:
+        report(ratio)
+        if ratio <= target or int(state.epochs) >= config.max_epochs or (math.isnan(ratio) and precise):
+            return state, size
+        if not precise and (math.isnan(ratio) or (ratio < FLOAT32_GAP and ratio > FLOAT32_FALL * before)):
+            # What overflows float32 starts anew.
+            state = first_state(data, None, **given) if math.isnan(ratio) else exactly(state)
+            ratio, precise = float(relative(state.gap, state.primal)), True
+            continue
+        before = ratio
+        size = _next_size(int(state.undecided), n, config.block)
+        state, seen, _ = one_round(data, state, goal, size=size, config=config, precise=precise)
+        ratio = float(seen)
+
+
+def _sampled_start(data: Data, num_classes: int, config: SolverConfig) -> SolverState:
+    n = data.features.shape[0]
+    given = {"num_classes": num_classes, "config": config}
+    least = least_block(config)
+    weights, penalty, visits = _sampled(data, **given)
+    rows = LEVEL_GROWTH * least
+    while rows * LEVEL_GROWTH <= n:
+        part = _subset(data, jnp.asarray(working_set.sample_places(n, rows)))
+        state = _surveyed(part, weights, penalty, jnp.zeros((), jnp.float64), **given, assign=True)
+        state, _ = _by_newton(part, state, LEVEL_GAP, least, config, lambda ratio: None, False)
+        weights, penalty, visits = state.weights, state.penalty, visits + state.visits
+        rows *= LEVEL_GROWTH
+    return _surveyed(data, weights, penalty, visits, **given, assign=True)
+
+
+def _by_newton(
+    data: Data, state: SolverState, target: float, size: int, config: SolverConfig, report: Any, again: bool
+) -> tuple[SolverState, int]:
+    """Rounds until the relative gap is reached, or passes run out; the working set's size at the end, too."""
+    ratio = float(relative(state.gap, state.primal))
+    n = data.features.shape[0]
+    goal = jnp.asarray(target, jnp.float64)
+    always = data.features.dtype == jnp.float64
+    precise, at_least = True, int(again)
+    while True:
+        report(ratio)
+        if (
+            math.isnan(ratio)
+            or int(state.epochs) >= config.max_epochs
+            or (ratio <= target and precise and at_least <= 0)
+        ):
+            return state, size
+        precise = always or ratio <= PRECISE_GAP
+        state, seen, undecided = one_round(data, state, goal, size=size, config=config, precise=precise)
+        ratio, at_least = float(seen), at_least - 1
+        size = min(_next_size(int(undecided), n, least_block(config)), max(2 * size, 1))
+
+
+def _next_size(undecided: int, n: int, least: int) -> int:
+    """Rows that the next block has room for: a power of two times `least`, so that few programs are compiled."""
+    wanted = least
+    while wanted < ROOM * undecided:
+        wanted *= 2
+    return min(wanted, n)
+
+
+def _reporter(progress: Progress | None, config: SolverConfig) -> Any:
+    """Digits of the gap gained and to gain, in thousandths."""
+    goal = max(round(-1000.0 * math.log10(config.tolerance)), 1)
+
+    def report(ratio: float) -> None:
+        if progress is not None:
+            digits = -1000.0 * math.log10(max(ratio, 1e-300)) if math.isfinite(ratio) else 0.0
+            progress(min(max(round(digits), 0), goal), goal)
+
+    return report

@@ -1,0 +1,67 @@
+"""A round: a block of the least decided samples is solved for, then all samples are surveyed. And what precedes them.
+
+Blocks by coordinates start from sweeps over all samples, as long as many of them move; blocks by Newton's method from
+a sample of the rows (`working_set.weights_from_sample`).
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+from dualxda_jax.svm import block, coordinate, working_set
+from dualxda_jax.svm.config import SolverConfig
+from dualxda_jax.svm.problem import Array, Problem, weights_of
+from dualxda_jax.svm.working_set import GOLDEN, SolverState
+
+# Sweeps over all samples end once fewer than this part of them moves.
+FEW, LEAST_SWEEPS, MOST_SWEEPS = 0.125, 2, 8
+# They leave alone what violates its margin by less.
+SKIP = 1e-3
+
+
+def step(
+    problem: Problem, state: SolverState, target: Array, size: int, config: SolverConfig, low: Any = None
+) -> SolverState:
+    """A round.
+
+    Args:
+        problem: all samples.
+        state: where the solve stands.
+        target: scalar, the relative gap that the solve is after.
+        size: static, rows of a block.
+        config: static options; `method` is not "auto".
+        low: the precision of the survey and, by coordinates, of the block; that of the problem's costs if None.
+    """
+    data = problem if low is None else dataclasses.replace(problem, cost=problem.cost.astype(low))
+    if config.method == "coordinate":
+        moved = block.solve_block(problem, state, target, size, config, data.cost.dtype)
+    else:
+        moved = working_set.solve_block(problem, state, target, size, config)
+    exact = config.method == "coordinate"
+    seen = working_set.survey(data, moved.weights, moved.simplex, assign=False, exact=exact)
+    return dataclasses.replace(moved, visits=moved.visits + float(state.norms.shape[0]), **seen)
+
+
+def sweep_all(problem: Problem, weights: Array, simplex: Array) -> coordinate.Swept:
+    """One sweep over all samples in the precision of the weights, each chunk drawn from all over the data."""
+    n = simplex.shape[1]
+    spread = max(round(n * GOLDEN), 1)
+    while math.gcd(spread, n) != 1:
+        spread += 1
+    low = dataclasses.replace(problem, cost=problem.cost.astype(weights.dtype))
+    return coordinate.sweep(low, weights, simplex, jnp.asarray(SKIP, weights.dtype), spread=jnp.asarray(spread))
+
+
+def few(moved: Any, n: int) -> Any:
+    """Whether so few samples moved in a sweep over all that blocks are the better way."""
+    return moved <= FEW * n
+
+
+def state_at(problem: Problem, simplex: Array, visits: Array, config: SolverConfig, low: Any = None) -> SolverState:
+    """The state at q, with W(α) made anew."""
+    data = problem if low is None else dataclasses.replace(problem, cost=problem.cost.astype(low))
+    simplex = simplex.astype(problem.offset.dtype)
+    none = jnp.zeros((), problem.offset.dtype)
+    return working_set.begin(data, simplex, weights_of(data, simplex), none, visits, config, assign=False, exact=True)
