@@ -13,7 +13,7 @@ from jax import lax
 
 from dualxda_jax.svm import coordinate, face, working_set
 from dualxda_jax.svm.config import SolverConfig
-from dualxda_jax.svm.problem import Array, Problem, places, weights_of
+from dualxda_jax.svm.problem import Array, Problem, normalised, places, weights_of
 from dualxda_jax.svm.working_set import SolverState
 
 # Sweeps between steps on the face, and the part of the free samples that may change classes in the last of them.
@@ -149,12 +149,13 @@ def solve_block(
     solved = solve(block, state.weights.astype(dtype), mine.astype(dtype), goal, left)
     # W(α) follows in the precision of the state, so that what sweeps lose to rounding does not add up.
     exact = dataclasses.replace(block, cost=block.cost.astype(state.weights.dtype), offset=state.weights)
-    weights = weights_of(exact, solved.simplex.astype(mine.dtype) - mine)
+    found = normalised(solved.simplex, mine.dtype)
+    weights = weights_of(exact, found - mine)
     return dataclasses.replace(
         state,
         weights=weights,
         made=weights,
-        simplex=state.simplex.at[:, jnp.where(there, index, n)].set(solved.simplex.astype(mine.dtype), mode="drop"),
+        simplex=state.simplex.at[:, jnp.where(there, index, n)].set(found, mode="drop"),
         visits=state.visits + solved.visits.astype(state.visits.dtype),
     )
 

@@ -162,37 +162,47 @@ def solve_traced(data: Data, start: Start | None, *, num_classes: int, config: S
     size = min(n, max(NEWTON_BLOCKS * config.block, -(-n // 8)))
     state = begin(data, start, num_classes, config)
 
-    def solve_to(state: SolverState, target: Array, margin: Array) -> SolverState:
+    by_newton = dataclasses.replace(config, method="newton")
+
+    def unfinished(state: SolverState, target: Array) -> Array:
+        far = relative(state.gap, state.primal) > target
+        return far & ~jnp.isnan(state.gap) & (state.epochs < config.max_epochs)
+
+    def solve_to(state: SolverState, target: Array, margin: Array, poor: Array) -> tuple[SolverState, Array]:
         asked = dataclasses.replace(problem, margin=margin)
+        if config.method == "coordinate":
 
-        def unfinished(state: SolverState) -> Array:
-            return (
-                (relative(state.gap, state.primal) > target)
-                & ~jnp.isnan(state.gap)
-                & (state.epochs < config.max_epochs)
-            )
+            def sweep_on(carry: tuple[SolverState, Array]) -> tuple[SolverState, Array]:
+                new = rounds_of.step(asked, carry[0], target, size, config)
+                return new, carry[1] + rounds_of.poor(carry[0], new).astype(jnp.int32)
 
-        return lax.while_loop(unfinished, lambda s: rounds_of.step(asked, s, target, size, config), state)
+            well = lambda c: unfinished(c[0], target) & (c[1] < rounds_of.POOR_ROUNDS)  # noqa: E731
+            state, poor = lax.while_loop(well, sweep_on, (state, poor))
+            soft = working_set.first_penalty(problem, config)
+            state = dataclasses.replace(state, penalty=jnp.maximum(state.penalty, soft), first_penalty=soft)
+        go_on = lambda s: rounds_of.step(asked, s, target, size, by_newton)  # noqa: E731
+        return lax.while_loop(lambda s: unfinished(s, target), go_on, state), poor
 
     def again(carry: Any) -> Array:
-        state, _, (_, primal, gap), rounds = carry
+        state, _, (_, primal, gap), rounds, _ = carry
         ratio = relative(gap, primal)
-        unfinished = (ratio > config.tolerance) & jnp.isfinite(ratio) & (state.epochs < config.max_epochs)
-        return (rounds == 0) | (unfinished & (rounds < MAX_ROUNDS))
+        short = (ratio > config.tolerance) & jnp.isfinite(ratio) & (state.epochs < config.max_epochs)
+        return (rounds == 0) | (short & (rounds < MAX_ROUNDS))
 
     def refine(carry: Any) -> Any:
-        state, target, _, rounds = carry
+        state, target, _, rounds, poor = carry
         # What a survey said holds for the margin that it was made with: another one asks for one more round.
         state = dataclasses.replace(state, slack=jnp.where(rounds < 1, state.slack, state.slack + 1e-3 * state.primal))
-        state = solve_to(state, target, margin_for(rounds, config, dtype))
+        state, poor = solve_to(state, target, margin_for(rounds, config, dtype), poor)
         found = certificate(problem, state.simplex, dtype)
         state = dataclasses.replace(state, visits=state.visits + 2.0 * n)
-        return state, next_target(target, config), found, rounds + 1
+        return state, next_target(target, config), found, rounds + 1, poor
 
     zero = jnp.zeros((), jnp.float64)
     nothing = (jnp.zeros((n, num_classes), dtype), zero, zero)
-    first = (state, jnp.asarray(config.tolerance, jnp.float64), nothing, jnp.asarray(0, jnp.int32))
-    state, _, (coefficients, primal, gap), _ = lax.while_loop(again, refine, first)
+    none = jnp.asarray(0, jnp.int32)
+    first = (state, jnp.asarray(config.tolerance, jnp.float64), nothing, none, none)
+    state, _, (coefficients, primal, gap), *_ = lax.while_loop(again, refine, first)
     return coefficients, info_of(primal, gap, state.epochs, config, dtype)
 
 

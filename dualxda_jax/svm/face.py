@@ -9,6 +9,10 @@ An iteration reads the free rows once: with u the step in units of 1/(C_i ‖φ_
 matrix is J X Xᵀ J, J the removal of the mean over the classes of a sample; the curvature along p is ‖Xᵀp‖², known
 before the rows are read for X(Xᵀp), after which the new residual is there for Xᵀr.
 
+Where more is free than W has room for, the quadratic is flat in some directions and the dual may rise along them
+without end, up to the border of the simplices. Conjugate gradients run into such a direction once the rest is solved:
+there they stop, and the direction is followed as far as it gains.
+
 Source: Moré & Toraldo, On the solution of large quadratic programming problems with bound constraints (1991), with
 coordinate ascent in the place of gradient projection.
 """
@@ -24,7 +28,10 @@ from dualxda_jax.svm.problem import Array, Problem, contract, one_hot_of, places
 PART = 256
 # Part of the residual that is left, the shares of the step that are tried, and the part of the gain that was promised
 # from which on no smaller share is tried.
-FORCING, SHARES, PROMISE = 0.1, (1.0, 0.3, 0.1, 0.03), 0.5
+FORCING, SHARES, PROMISE = 0.1, (1.0, 0.3, 0.1, 0.03, 0.01), 0.5
+# Curvature per squared length that counts as none; how far to go along such a direction, in terms of where the first q
+# ends at zero.
+FLAT, REACHES = 1e-7, (1.0, 4.0, 16.0, 64.0, 256.0, 1024.0)
 
 
 class Face(NamedTuple):
@@ -72,10 +79,33 @@ def improve(problem: Problem, weights: Array, q: Array, limit: int) -> tuple[Arr
     z = lax.fori_loop(nothing, face.parts, scores, jnp.zeros_like(face.q))
     # The gradient in u: the scores at norm 1, the margin with them.
     slope = _balanced(face.active, z + problem.margin.astype(z.dtype) * (1.0 - labels) / face.norms[None, :])
-    step, iterations = _solve(face, slope, limit)
-    change, towards = _search(face, slope, step)
+    step, flat, iterations = _solve(face, slope, limit)
+    promised = 0.5 * jnp.sum(slope * step)
+    change, towards = _search(face, slope, face.q, step, jnp.asarray(SHARES, q.dtype), promised)
+
+    def follow() -> tuple[Array, Array]:
+        now = face.q + change
+        rest = slope - _seen(face, towards)
+        delta = flat / jnp.where(face.weight > 0.0, face.weight, 1.0)[None, :]
+        first = jnp.min(jnp.where(face.active & (delta < 0.0), now / jnp.where(delta < 0.0, -delta, 1.0), jnp.inf))
+        reaches = jnp.where(jnp.isfinite(first), first, 0.0) * jnp.asarray(REACHES, q.dtype)
+        more, further = _search(face, rest, now, flat, reaches, jnp.asarray(jnp.inf, q.dtype))
+        return change + more, towards + further
+
+    change, towards = lax.cond(jnp.any(flat != 0.0), follow, lambda: (change, towards))
     new = q.at[:, jnp.where(face.weight > 0.0, face.order, q.shape[1])].set(face.q + change, mode="drop")
     return weights - towards, new, iterations * jnp.sum(face.weight > 0.0, dtype=jnp.int32)
+
+
+def _seen(face: Face, image: Array) -> Array:
+    """[k, p] what Σ u_i ⊗ x_i = image changes in the slope."""
+
+    def one(i: Array, out: Array) -> Array:
+        x = lax.dynamic_slice_in_dim(face.features, i * PART, PART)
+        return lax.dynamic_update_slice_in_dim(out, contract(image, x, 1, 1), i * PART, 1)
+
+    zero = jnp.zeros_like(face.q)
+    return _balanced(face.active, lax.fori_loop(jnp.asarray(0, jnp.int32), face.parts, one, zero))
 
 
 def _face_of(problem: Problem, q: Array) -> Face:
@@ -114,8 +144,8 @@ def _balanced(active: Array, values: Array) -> Array:
     return jnp.where(active, inside - jnp.sum(inside, axis=0, keepdims=True) / count, 0.0)
 
 
-def _solve(face: Face, slope: Array, limit: int) -> tuple[Array, Array]:
-    """The step [k, p] in u by conjugate gradients, and its iterations."""
+def _solve(face: Face, slope: Array, limit: int) -> tuple[Array, Array, Array]:
+    """The step [k, p] in u by conjugate gradients, a direction without curvature or zero, and the iterations."""
 
     def over_parts(image: Array, share: Array, state: tuple[Array, Array, Array]) -> Any:
         """U and r after a step along p, with Xᵀr and ‖r‖² of the new r."""
@@ -139,12 +169,12 @@ def _solve(face: Face, slope: Array, limit: int) -> tuple[Array, Array]:
     def iterate(state: Any) -> Any:
         u, r, p, image, square, i = state
         curvature = jnp.sum(image * image)
-        # A direction without curvature changes nothing: what is left of the residual is rounding.
-        share = jnp.where(curvature > 0.0, square / jnp.where(curvature > 0.0, curvature, 1.0), 0.0)
+        level = curvature <= FLAT * jnp.sum(p * p)
+        share = jnp.where(level, 0.0, square / jnp.where(level, 1.0, curvature))
         u, r, p, seen, new = over_parts(image, share, (u, r, p))
-        ratio = new / square
-        new = jnp.where(curvature > 0.0, new, 0.0)
-        return u, r, r + ratio * p, seen + ratio * image, new, i + 1
+        ratio = jnp.where(level, 0.0, new / square)
+        # Where it is level, p stays for the caller and the loop ends.
+        return u, r, jnp.where(level, p, r + ratio * p), seen + ratio * image, jnp.where(level, -1.0, new), i + 1
 
     nothing = jnp.zeros_like(slope)
     width = face.features.shape[1]
@@ -152,41 +182,46 @@ def _solve(face: Face, slope: Array, limit: int) -> tuple[Array, Array]:
     _, _, _, image, square = over_parts(blank, jnp.zeros((), slope.dtype), (nothing, slope, nothing))
     goal = FORCING**2 * square
     first = (nothing, slope, slope, image, square, jnp.asarray(0, jnp.int32))
-    u, *_, iterations = lax.while_loop(unfinished, iterate, first)
-    return u, iterations
+    u, _, p, _, square, iterations = lax.while_loop(unfinished, iterate, first)
+    return u, jnp.where(square < 0.0, p, 0.0), iterations
 
 
-def _search(face: Face, slope: Array, step: Array) -> tuple[Array, Array]:
-    """(change of q [k, p], Σ C_i change_i ⊗ φ_i): the share of the step that gains most once it is on the simplices."""
+def _search(face: Face, slope: Array, q: Array, step: Array, shares: Array, promised: Array) -> tuple[Array, Array]:
+    """(change of q [k, p], Σ C_i change_i ⊗ φ_i): the share of a step that gains most once it is on the simplices.
+
+    Args:
+        face: the free samples.
+        slope: [k, p] the gradient in u.
+        q: [k, p] where they are.
+        step: [k, p] in u.
+        shares: [t] to try, one after another until one keeps the promise.
+        promised: scalar, what the whole step would gain if nothing were in its way.
+    """
     weight = face.weight[None, :]
     delta = step / jnp.where(weight > 0.0, weight, 1.0)
-    promised = 0.5 * jnp.sum(slope * step)
+    inside = jnp.any(face.active, axis=0, keepdims=True)
 
     def attempt(state: Any) -> Any:
         best, change, image, j = state
-        share = jnp.asarray(SHARES, slope.dtype)[j]
-        point = jnp.where(face.active, face.q + share * delta, -jnp.inf)
+        point = jnp.where(face.active, q + shares[j] * delta, -jnp.inf)
         # Columns beyond the free ones have no active class.
-        point = jnp.where(jnp.any(face.active, axis=0, keepdims=True), point, 0.0)
-        moved = jnp.where(face.active, simplex.project(point, axis=0) - face.q, 0.0)
+        moved = jnp.where(face.active, simplex.project(jnp.where(inside, point, 0.0), axis=0) - q, 0.0)
 
         def add(i: Array, total: Array) -> Array:
             x = lax.dynamic_slice_in_dim(face.features, i * PART, PART)
-            part = lax.dynamic_slice_in_dim(weight * moved, i * PART, PART, 1)
-            return total + contract(part, x, 1, 0)
+            return total + contract(lax.dynamic_slice_in_dim(weight * moved, i * PART, PART, 1), x, 1, 0)
 
         seen = lax.fori_loop(jnp.asarray(0, jnp.int32), face.parts, add, jnp.zeros_like(image))
         rise, square = jnp.sum(slope * weight * moved), jnp.sum(seen * seen)
         length = jnp.clip(rise / jnp.where(square > 0.0, square, 1.0), 0.0, 1.0)
         gain = length * rise - 0.5 * length * length * square
-        better = gain > best
-        pick = lambda new, old: jnp.where(better, new, old)  # noqa: E731
+        pick = lambda new, old: jnp.where(gain > best, new, old)  # noqa: E731
         return pick(gain, best), pick(length * moved, change), pick(length * seen, image), j + 1
 
     def unfinished(state: Any) -> Array:
         best, _, _, j = state
-        share = jnp.asarray(SHARES, slope.dtype)[jnp.maximum(j - 1, 0)]
-        return (j < len(SHARES)) & ((j == 0) | (best < PROMISE * share * (2.0 - share) * promised))
+        share = shares[jnp.maximum(j - 1, 0)]
+        return (j < len(shares)) & ((j == 0) | (best < PROMISE * share * (2.0 - share) * promised))
 
     zero = jnp.zeros((), slope.dtype)
     blank = jnp.zeros((slope.shape[0], face.features.shape[1]), slope.dtype)

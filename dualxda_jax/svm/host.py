@@ -38,8 +38,9 @@ LEVEL_GROWTH, LEVEL_GAP = 4, 0.1
 PRECISE_GAP = 1e-2
 # Its blocks hold this many times the samples that are undecided, and at most double from one round to the next.
 ROOM = 1.5
-# Below the first, a round in float32 that leaves more than the second of the gap has reached what float32 can tell.
-FLOAT32_GAP, FLOAT32_FALL = 1e-3, 0.3
+# A round in float32 has reached what float32 can tell where the dual rose by less than this part of the gap, or where,
+# below the second, more than the third of the gap is left.
+FLOAT32_RISE, FLOAT32_GAP, FLOAT32_FALL = 1e-3, 1e-3, 0.3
 
 
 @functools.partial(jax.jit, static_argnames=("num_classes", "config", "assign"))
@@ -110,6 +111,14 @@ def _state_at(
     return rounds_of.state_at(problem, q, visits, config, None if precise else jnp.float32)
 
 
+@functools.partial(jax.jit, static_argnames=("num_classes", "config"))
+def _handed_over(data: Data, state: SolverState, *, num_classes: int, config: SolverConfig) -> SolverState:
+    """A state by coordinates as Newton's method takes it."""
+    problem = problem_from(data, num_classes, config)
+    soft = working_set.first_penalty(problem, config)
+    return working_set.begin(problem, state.simplex, state.weights, soft, state.visits, config, assign=False)
+
+
 def _swept_start(data: Data, num_classes: int, config: SolverConfig) -> SolverState:
     n = data.features.shape[0]
     given = {"num_classes": num_classes, "config": config}
@@ -134,20 +143,27 @@ def _by_coordinates(
 
     if precise:
         state = exactly(state)
-    ratio, before = float(relative(state.gap, state.primal)), math.inf
+    ratio, exhausted, poor = float(relative(state.gap, state.primal)), False, 0
     while True:
         report(ratio)
+        if poor >= rounds_of.POOR_ROUNDS:
+            config = dataclasses.replace(config, method="newton")
+            state = _handed_over(data, state, num_classes=state.weights.shape[0], config=config)
+            return _by_newton(data, state, target, size, config, report, precise)
         if ratio <= target or int(state.epochs) >= config.max_epochs or (math.isnan(ratio) and precise):
             return state, size
-        if not precise and (math.isnan(ratio) or (ratio < FLOAT32_GAP and ratio > FLOAT32_FALL * before)):
+        if not precise and (math.isnan(ratio) or exhausted):
             # What overflows float32 starts anew.
             state = first_state(data, None, **given) if math.isnan(ratio) else exactly(state)
             ratio, precise = float(relative(state.gap, state.primal)), True
             continue
-        before = ratio
         size = _next_size(int(state.undecided), n, config.block)
+        last, before = state, ratio
         state, seen, _ = one_round(data, state, goal, size=size, config=config, precise=precise)
         ratio = float(seen)
+        poor += precise and bool(rounds_of.poor(last, state))
+        stuck = float(state.primal - state.gap - last.primal + last.gap) < FLOAT32_RISE * float(state.gap)
+        exhausted = stuck or (ratio < FLOAT32_GAP and ratio > FLOAT32_FALL * before)
 
 
 def _sampled_start(data: Data, num_classes: int, config: SolverConfig) -> SolverState:

@@ -196,6 +196,12 @@ def to_coefficients(simplex: Array, labels: Array, cost: Array, dtype: Any) -> A
     return jnp.where(at_label, jnp.minimum(jnp.sum(others, axis=0), cost)[None, :], -others).T
 
 
+def normalised(simplex: Array, dtype: Any) -> Array:
+    """[k, n] q in a wider dtype, with columns that sum to one there as well."""
+    q = simplex.astype(dtype)
+    return q if simplex.dtype == dtype else q / jnp.sum(q, axis=0, keepdims=True)
+
+
 def from_coefficients(coefficients: Array, labels: Array, cost: Array) -> Array:
     """[k, n] q of the nearest feasible dual variables [n, k]: what is outside of the box is brought in."""
     alpha = coefficients.T

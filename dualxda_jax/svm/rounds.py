@@ -12,9 +12,12 @@ import jax.numpy as jnp
 
 from dualxda_jax.svm import block, coordinate, working_set
 from dualxda_jax.svm.config import SolverConfig
-from dualxda_jax.svm.problem import Array, Problem, weights_of
+from dualxda_jax.svm.problem import Array, Problem, normalised, weights_of
 from dualxda_jax.svm.working_set import GOLDEN, SolverState
 
+# A round by coordinates is poor where the dual rises by less than this part of the gap; after some, Newton's method is
+# the better one: the problem is so stiff that hardly a sample can move by itself.
+POOR_RISE, POOR_ROUNDS = 0.02, 4
 # Sweeps over all samples end once fewer than this part of them moves.
 FEW, LEAST_SWEEPS, MOST_SWEEPS = 0.125, 2, 8
 # They leave alone what violates its margin by less.
@@ -54,14 +57,19 @@ def sweep_all(problem: Problem, weights: Array, simplex: Array) -> coordinate.Sw
     return coordinate.sweep(low, weights, simplex, jnp.asarray(SKIP, weights.dtype), spread=jnp.asarray(spread))
 
 
+def poor(before: SolverState, after: SolverState) -> Array:
+    """Whether a round by coordinates was a poor one."""
+    return (after.primal - after.gap) - (before.primal - before.gap) < POOR_RISE * after.gap
+
+
 def few(moved: Any, n: int) -> Any:
     """Whether so few samples moved in a sweep over all that blocks are the better way."""
-    return moved <= FEW * n
+    return moved <= round(FEW * n)
 
 
 def state_at(problem: Problem, simplex: Array, visits: Array, config: SolverConfig, low: Any = None) -> SolverState:
     """The state at q, with W(α) made anew."""
     data = problem if low is None else dataclasses.replace(problem, cost=problem.cost.astype(low))
-    simplex = simplex.astype(problem.offset.dtype)
+    simplex = normalised(simplex, problem.offset.dtype)
     none = jnp.zeros((), problem.offset.dtype)
     return working_set.begin(data, simplex, weights_of(data, simplex), none, visits, config, assign=False, exact=True)
