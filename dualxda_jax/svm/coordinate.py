@@ -40,7 +40,7 @@ class Swept(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """A chunk in the working precision: features [b, D], cost and squared norm [b], margin off the label [k, b]."""
+    """A chunk in the working precision: features [b, D], cost and squared norm [b], margin [k, b], 0 at the label."""
 
     features: Array
     cost: Array
@@ -48,7 +48,9 @@ class _Rows(NamedTuple):
     margin: Array
 
 
-def sweep(problem: Problem, weights: Array, simplex: Array, skip: Array, *, spread: Array | None = None) -> Swept:
+def sweep(
+    problem: Problem, weights: Array, simplex: Array, skip: Array, *, spread: Array | None = None, grid: Any = None
+) -> Swept:
     """Visit every sample once whose q could gain.
 
     Args:
@@ -58,6 +60,7 @@ def sweep(problem: Problem, weights: Array, simplex: Array, skip: Array, *, spre
         skip: scalar, leave a sample alone whose classes in q miss the highest score by no more than this.
         spread: scalar int64, if given the samples are taken in the order 0, spread, 2 spread, … modulo n: without a
             common divisor, every one comes up once, and each chunk is drawn from all over the data.
+        grid: a dtype to round the dual variables to as they are set; then all that are on several classes are visited.
 
     Returns:
         Weights and q after the sweep, and what it saw.
@@ -77,7 +80,7 @@ def sweep(problem: Problem, weights: Array, simplex: Array, skip: Array, *, spre
             take = lambda a: a[place]  # noqa: E731
         rows = _rows(problem, take, counts, k, carry.weights.dtype)
         q = carry.simplex[:, place] if spread is not None else lax.dynamic_slice_in_dim(carry.simplex, start, size, 1)
-        weights, new, slack, moved = _chunk(rows, carry.weights, q, skip)
+        weights, new, slack, moved = _chunk(rows, carry.weights, q, skip, grid)
         kept = carry.simplex.at[:, jnp.where(counts, place, n)].set(new, mode="drop")
         return Swept(weights, kept, carry.slack + slack, carry.moved + moved)
 
@@ -94,13 +97,15 @@ def _rows(problem: Problem, take: Any, counts: Array, k: int, dtype: Any) -> _Ro
     return _Rows(features, cost, jnp.sum(features * features, axis=1), margin)
 
 
-def _chunk(rows: _Rows, weights: Array, q: Array, skip: Array) -> tuple[Array, Array, Array, Array]:
+def _chunk(rows: _Rows, weights: Array, q: Array, skip: Array, grid: Any) -> tuple[Array, Array, Array, Array]:
     """(weights, q, slack before, samples visited) of a chunk."""
     z = contract(weights, rows.features, 1, 1) + rows.margin
     highest = jnp.max(z, axis=0)
     slack = jnp.sum(rows.cost * jnp.sum(q * (highest[None, :] - z), axis=0))
     behind = highest - jnp.min(jnp.where(q > 0.0, z, jnp.inf), axis=0)
     moving = (behind > skip) & (rows.cost > 0.0)
+    if grid is not None:
+        moving = moving | ((jnp.sum(q > 0.0, axis=0, dtype=jnp.int32) > 1) & (rows.cost > 0.0))
     size = moving.shape[0]
     count = jnp.sum(moving, dtype=jnp.int32)
     order = places(moving, -(-size // GROUP) * GROUP, 0)
@@ -111,7 +116,7 @@ def _chunk(rows: _Rows, weights: Array, q: Array, skip: Array) -> tuple[Array, A
         steps = jnp.minimum(GROUP, count - j * GROUP)
         part = _Rows(rows.features[local], rows.cost[local], rows.square[local], rows.margin[:, local])
         old = q[:, local].T
-        new = _group(part, weights, old, steps)
+        new = _group(part, weights, old, steps, grid)
         weights = weights + contract(part.cost[:, None] * (old - new), part.features, 0, 0)
         kept = jnp.where(jnp.arange(GROUP, dtype=jnp.int32) < steps, local, size)
         return weights, q.at[:, kept].set(new.T, mode="drop")
@@ -121,7 +126,7 @@ def _chunk(rows: _Rows, weights: Array, q: Array, skip: Array) -> tuple[Array, A
     return weights, q, slack, count
 
 
-def _group(part: _Rows, weights: Array, q: Array, steps: Array) -> Array:
+def _group(part: _Rows, weights: Array, q: Array, steps: Array, grid: Any) -> Array:
     """[GROUP, k] q after a step for each of the first samples of a group, one after another."""
     gram = part.cost[:, None] * contract(part.features, part.features, 1, 1)
     z = contract(part.features, weights, 1, 1) + part.margin.T
@@ -131,6 +136,8 @@ def _group(part: _Rows, weights: Array, q: Array, steps: Array) -> Array:
     def one(t: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         z, q = carry
         new = _nearest(q[t] + pace[t] * z[t])
+        if grid is not None:
+            new = _rounded(new, part.cost[t], part.margin[:, t] == 0.0, grid)
         z = z - gram[t][:, None] * (new - q[t])[None, :]
         return z, q.at[t].set(new)
 
@@ -148,3 +155,10 @@ def _nearest(point: Array) -> Array:
     q = jnp.maximum(shifted - theta, 0.0)
     # Should the steps not have sufficed, the point is feasible all the same.
     return q / jnp.sum(q)
+
+
+def _rounded(q: Array, cost: Array, at_label: Array, grid: Any) -> Array:
+    """The point [k] whose C q is of a dtype but at the label, which has what the others leave."""
+    safe = jnp.where(cost > 0.0, cost, 1.0)
+    others = jnp.where(at_label, 0.0, (cost * q).astype(grid).astype(q.dtype) / safe)
+    return jnp.where(at_label, jnp.maximum(1.0 - jnp.sum(others), 0.0), others)

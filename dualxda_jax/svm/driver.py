@@ -77,7 +77,7 @@ def margin_for(rounds: Array | int, config: SolverConfig, dtype: Any) -> Array:
     if dtype == jnp.float64:
         return jnp.ones((), jnp.float64)
     rounds = jnp.asarray(rounds, jnp.int32)
-    excess = jnp.where(rounds < 1, 0.0, 0.1 * 2.0 ** (rounds.astype(jnp.float64) - 1.0))
+    excess = 0.1 * rounds.astype(jnp.float64)
     return 1.0 + config.tolerance * excess
 
 

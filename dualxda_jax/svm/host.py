@@ -81,6 +81,8 @@ def solve_on_host(
     for rounds in range(MAX_ROUNDS):
         asked = data._replace(margin=margin_for(rounds, config, dtype))
         state, size = to_gap(asked, state, target, size, config, report, rounds > 0)
+        if rounds > 0 and not by_newton and dtype != jnp.float64:
+            state = _on_grid(asked, state, num_classes=num_classes, config=config)
         coefficients, info = certified(data, state, config=config)
         state = dataclasses.replace(state, visits=state.visits + 2.0 * data.features.shape[0])
         if bool(info.converged) or not math.isfinite(float(info.gap)) or int(state.epochs) >= config.max_epochs:
@@ -117,6 +119,11 @@ def _handed_over(data: Data, state: SolverState, *, num_classes: int, config: So
     problem = problem_from(data, num_classes, config)
     soft = working_set.first_penalty(problem, config)
     return working_set.begin(problem, state.simplex, state.weights, soft, state.visits, config, assign=False)
+
+
+@functools.partial(jax.jit, static_argnames=("num_classes", "config"))
+def _on_grid(data: Data, state: SolverState, *, num_classes: int, config: SolverConfig) -> SolverState:
+    return rounds_of.on_grid(problem_from(data, num_classes, config), state, result_dtype(data.features))
 
 
 def _swept_start(data: Data, num_classes: int, config: SolverConfig) -> SolverState:

@@ -71,7 +71,14 @@ def _check_costs(name: str, values: Any, n: int, *, scalar: bool) -> None:
         _check.fail(name, "0", "above 0 (a cost per sample may be 0)")
 
 
+@jax.jit
+def _all_finite(features: Array) -> Array:
+    return jnp.all(jnp.isfinite(features))
+
+
 def _check_finite(features: Any) -> None:
+    if isinstance(features, jax.Array) and not in_trace() and bool(_all_finite(features)):
+        return
     # NumPy, so that concrete features inside somebody's trace can be looked at as well.
     values = np.asarray(features)
     parts = [values[i : i + 65536].astype(np.float32) for i in range(0, len(values), 65536)]
