@@ -18,6 +18,7 @@ from dualxda_jax.baselines.influence import (
     influence_explicit,
     influence_lissa,
 )
+from dualxda_jax.baselines.on_features import on_features
 from dualxda_jax.baselines.products import gradcos, graddot, tracin
 from dualxda_jax.baselines.protocol import Context, Method, Stages, context
 from dualxda_jax.baselines.representer import NotStationaryWarning, representer
@@ -58,6 +59,7 @@ __all__ = [
     "influence_ekfac",
     "influence_explicit",
     "influence_lissa",
+    "on_features",
     "random",
     "representer",
     "scores_to",

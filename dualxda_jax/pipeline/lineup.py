@@ -58,17 +58,20 @@ class Entry:
         method: its name among `baselines.METHODS`.
         options: of its constructor; the defaults where nothing is said.
         skips: metrics that it is left out of, and why.
+        on_features: for methods on the final layer: compute on extracted features, see `baselines.on_features`.
     """
 
     name: str
     method: str
     options: tuple[tuple[str, Any], ...] = ()
     skips: tuple[tuple[str, str], ...] = ()
+    on_features: bool = False
 
     def make(self) -> baselines.Method:
         """The method."""
         make: Callable[..., baselines.Method] = baselines.METHODS[self.method]
-        return make(**dict(self.options))
+        method = make(**dict(self.options))
+        return baselines.on_features(method) if self.on_features else method
 
 
 CONTROL = "random"
@@ -86,17 +89,22 @@ _ENTRIES: dict[str, dict[str, tuple[Entry, ...]]] = {
                 "arnoldi",
                 "influence_arnoldi",
                 (("params", "head"), ("rank", 64), ("krylov", 100), ("samples", 2_000)),
+                on_features=True,
             ),
         ),
         "paper": (Entry("arnoldi", "influence_arnoldi"),),
     },
     "influence_ekfac": {"": (Entry("ekfac", "influence_ekfac"),)},
     "influence_lissa": {
-        "small": (Entry("lissa", "influence_lissa", (("scale", 500.0), ("depth", 1_500), ("repeats", 2)), _SOLVES),),
-        "paper": (Entry("lissa", "influence_lissa", (), _SOLVES),),
+        "small": (Entry("lissa", "influence_lissa", (("scale", 1000.0), ("repeats", 1)), _SOLVES, on_features=True),),
+        "paper": (Entry("lissa", "influence_lissa", (("scale", 1000.0),), _SOLVES, on_features=True),),
     },
-    "influence_cg": {"": (Entry("cg-head", "influence_cg", (("params", "head"),), _SOLVES),)},
-    "influence_explicit": {"": (Entry("explicit-head", "influence_explicit", (("params", "head"),)),)},
+    "influence_cg": {"": (Entry("cg-head", "influence_cg", (("params", "head"),), _SOLVES, on_features=True),)},
+    "influence_explicit": {"": (Entry("explicit-head", "influence_explicit", (("params", "head"),), on_features=True),)},
+    "similarity": {
+        "": (Entry("similarity", "similarity"),
+             *(Entry(f"similarity-{m}", "similarity", (("measure", m),)) for m in ("cos", "l2"))),
+    },
     "tracin": {
         "small": (Entry("tracin", "tracin"),),
         "paper": (Entry("tracin", "tracin", (("projection", 128), ("projection_kind", "gaussian"))),),
