@@ -25,9 +25,11 @@ from dualxda_jax.baselines.representer import NotStationaryWarning, representer
 from dualxda_jax.baselines.run import fit_resumable, scores_to, top_k
 from dualxda_jax.baselines.similarity import similarity
 from dualxda_jax.baselines.trak import trak
+from dualxda_jax.baselines.variants import dualda_variant
 
 METHODS: dict[str, Callable[[], Method]] = {
     "dualda": dualda,
+    "dualda_variant": dualda_variant,
     "graddot": graddot,
     "gradcos": gradcos,
     "influence_arnoldi": influence_arnoldi,
@@ -51,6 +53,7 @@ __all__ = [
     "Stages",
     "context",
     "dualda",
+    "dualda_variant",
     "fit_resumable",
     "gradcos",
     "graddot",

@@ -79,9 +79,25 @@ CONTROL = "random"
 
 _SOLVES = (("mislabel", "self-influence would take a solve for each training sample"),)
 
+_PATH = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+
 _ENTRIES: dict[str, dict[str, tuple[Entry, ...]]] = {
     "dualda": {
         "": tuple(Entry(f"dualda-1e-{digit}", "dualda", (("cost", 10.0**-digit),)) for digit in (5, 3, 1)),
+    },
+    "dualda_variant": {
+        "": tuple(
+            Entry(f"dualda+{name}", "dualda_variant", options)
+            for name, options in (
+                ("normalized", (("normalize", True),)),
+                ("centred", (("centre", True),)),
+                ("intercept", (("intercept", 1.0),)),
+                ("predicted-labels", (("labels", "predicted"),)),
+                ("faithful-cost", (("cost", _PATH), ("over", "best"))),
+                ("path", (("cost", _PATH),)),
+                ("checkpoints", (("checkpoints", 3),)),
+            )
+        ),
     },
     "influence_arnoldi": {
         "small": (
@@ -100,7 +116,9 @@ _ENTRIES: dict[str, dict[str, tuple[Entry, ...]]] = {
         "paper": (Entry("lissa", "influence_lissa", (("scale", 1000.0),), _SOLVES, on_features=True),),
     },
     "influence_cg": {"": (Entry("cg-head", "influence_cg", (("params", "head"),), _SOLVES, on_features=True),)},
-    "influence_explicit": {"": (Entry("explicit-head", "influence_explicit", (("params", "head"),), on_features=True),)},
+    "influence_explicit": {
+        "": (Entry("explicit-head", "influence_explicit", (("params", "head"),), on_features=True),),
+    },
     "similarity": {
         "": (Entry("similarity", "similarity"),
              *(Entry(f"similarity-{m}", "similarity", (("measure", m),)) for m in ("cos", "l2"))),
@@ -114,8 +132,8 @@ _ENTRIES: dict[str, dict[str, tuple[Entry, ...]]] = {
         "paper": (Entry("trak", "trak", (("projection", 2048), ("checkpoints", 1))),),
     },
 }  # fmt: skip
-_ON_REQUEST = ("influence_cg", "influence_explicit")
-"""Left out unless asked for: their cost grows with the head, and LiSSA and EK-FAC stand for them in the paper."""
+_ON_REQUEST = ("dualda_variant", "influence_cg", "influence_explicit")
+"""Left out unless asked for: experiments, and methods whose cost grows with the head, for which LiSSA stands."""
 
 
 def lineup(preset: str, asked: Sequence[str] | None = None) -> tuple[Entry, ...]:
