@@ -141,7 +141,7 @@ def lineup(preset: str, asked: Sequence[str] | None = None) -> tuple[Entry, ...]
 
     Args:
         preset: "small" or "paper".
-        asked: names of rows or of methods (which stand for all their rows); None takes every method of the table.
+        asked: names of rows, or else of methods (which stand for all their rows); None takes every method of the table.
 
     Raises:
         ValueError: a name that is neither, or given twice.
@@ -154,7 +154,7 @@ def lineup(preset: str, asked: Sequence[str] | None = None) -> tuple[Entry, ...]
         return tuple(row for row in rows if row.method not in _ON_REQUEST)
     chosen: list[Entry] = []
     for name in asked:
-        found = [row for row in rows if name in (row.name, row.method)]
+        found = [row for row in rows if name == row.name] or [row for row in rows if name == row.method]
         if not found:
             names = sorted({row.name for row in rows} | {row.method for row in rows})
             fail("methods", repr(name), f"among {', '.join(names)}")
