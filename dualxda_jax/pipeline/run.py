@@ -26,11 +26,16 @@ def run(config: DemoConfig, *, track: store.Track | None = None) -> Path:
         Path of the report's HTML page.
 
     Raises:
-        ValueError: data that cannot be read.
+        ValueError: data that cannot be read, another run at work in the folder.
         OSError: the folder of the report cannot be made.
     """
     # Better now than after the training.
     report.need_libraries()
+    with store.claimed(config.out):
+        return _run(config, track)
+
+
+def _run(config: DemoConfig, track: store.Track | None) -> Path:
     made = surrogate(config, track=track)
     dataset, model, params, train, test = made.dataset, made.model, made.params, made.train, made.test
     solution, support, stage, log = made.solution, made.support, made.stage, made.log

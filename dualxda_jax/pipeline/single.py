@@ -1,10 +1,11 @@
 """One step at a time on the stages that a demo keeps: fit a surrogate, attribute predictions, draw their pairs."""
 
 import dataclasses
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -15,7 +16,22 @@ from dualxda_jax.pipeline import content, stages, store
 from dualxda_jax.pipeline.config import DemoConfig
 from dualxda_jax.pipeline.surrogate import Surrogate, surrogate
 
+P = ParamSpec("P")
+T = TypeVar("T")
 
+
+def _alone(command: Callable[Concatenate[DemoConfig, P], T]) -> Callable[Concatenate[DemoConfig, P], T]:
+    """The command, claiming its folder."""
+
+    @functools.wraps(command)
+    def claiming(config: DemoConfig, *args: P.args, **kwargs: P.kwargs) -> T:
+        with store.claimed(config.out):
+            return command(config, *args, **kwargs)
+
+    return claiming
+
+
+@_alone
 def fit(config: DemoConfig, *, track: store.Track | None = None) -> Path:
     """Train the network, extract features and fit the SVM; what is there already is reused.
 
@@ -27,7 +43,7 @@ def fit(config: DemoConfig, *, track: store.Track | None = None) -> Path:
         Path of surrogate.json: how good the network and its surrogate are, and whether the gap is certified.
 
     Raises:
-        ValueError: data that cannot be read.
+        ValueError: data that cannot be read, another run at work in the folder.
         OSError: the folder cannot be made.
     """
     made = surrogate(config, track=track)
@@ -50,6 +66,7 @@ def fit(config: DemoConfig, *, track: store.Track | None = None) -> Path:
     )
 
 
+@_alone
 def attribute(config: DemoConfig, images: Sequence[int], *, track: store.Track | None = None) -> Path:
     """The strongest proponents and opponents of test images, towards what the network predicts.
 
@@ -62,7 +79,7 @@ def attribute(config: DemoConfig, images: Sequence[int], *, track: store.Track |
         Path of attributions.json.
 
     Raises:
-        ValueError: data that cannot be read, no such test image.
+        ValueError: data that cannot be read, no such test image, another run at work in the folder.
         OSError: the folder cannot be made.
     """
     made = surrogate(config, track=track)
@@ -94,6 +111,7 @@ def attribute(config: DemoConfig, images: Sequence[int], *, track: store.Track |
     )  # fmt: skip
 
 
+@_alone
 def explain(config: DemoConfig, images: Sequence[int], *, track: store.Track | None = None) -> list[Path]:
     """Draw test images beside their strongest proponents and opponents, each pair with its two relevance maps.
 
@@ -106,7 +124,7 @@ def explain(config: DemoConfig, images: Sequence[int], *, track: store.Track | N
         Paths of the pictures, query-INDEX.png.
 
     Raises:
-        ValueError: data that cannot be read, no such test image.
+        ValueError: data that cannot be read, no such test image, another run at work in the folder.
         ImportError: Matplotlib is missing; the message names the extra.
         OSError: the folder cannot be made.
     """

@@ -40,7 +40,7 @@ class Surrogate(NamedTuple):
 
 
 def surrogate(config: DemoConfig, *, track: store.Track | None = None) -> Surrogate:
-    """Read, train, extract and fit, taking from `config.out` what fits.
+    """Read, train, extract and fit, taking from `config.out`, which the caller has claimed, what fits.
 
     Args:
         config: what to compute.
@@ -48,9 +48,7 @@ def surrogate(config: DemoConfig, *, track: store.Track | None = None) -> Surrog
 
     Raises:
         ValueError: data that cannot be read.
-        OSError: the folder cannot be made.
     """
-    config.out.mkdir(parents=True, exist_ok=True)
     log: list[report.Stage] = []
     kept = config.out / "stages"
     stage = functools.partial(store.stage, kept, track or store.silent, log)
