@@ -102,12 +102,133 @@ def evaluate(
     print(page.resolve())
 
 
+def fit(
+    data: Path | None = None,
+    out: Path = Path("dualxda-demo"),
+    cost: float = pipeline.DemoConfig.cost,
+    limit: int | None = None,
+    seed: int = 0,
+    network: Literal["small-cnn", "resnet-18"] = "small-cnn",
+) -> None:
+    """Train a network and fit the dual SVM on its features; the first stages of demo, kept in the same place.
+
+    Args:
+        data: as for demo.
+        out: folder of surrogate.json and of the stages.
+        cost: as for demo.
+        limit: as for demo.
+        seed: of the network's initialisation and training.
+        network: as for demo.
+    """
+    config = pipeline.DemoConfig(data=data, out=out, cost=cost, limit=limit, seed=seed, network=network)
+    with _stage_bars(Console(stderr=True)) as track:
+        path = pipeline.fit(config, track=track)
+    print(path.resolve())
+
+
+def attribute(
+    images: tuple[int, ...],
+    data: Path | None = None,
+    out: Path = Path("dualxda-demo"),
+    cost: float = pipeline.DemoConfig.cost,
+    limit: int | None = None,
+    seed: int = 0,
+    network: Literal["small-cnn", "resnet-18"] = "small-cnn",
+    each_way: int = 5,
+) -> None:
+    """Name the training images that speak most for and against the predictions on test images.
+
+    Args:
+        images: places in the test set.
+        data: as for demo.
+        out: folder of attributions.json; stages that fit or demo left there are reused.
+        cost: as for demo.
+        limit: as for demo.
+        seed: as for demo.
+        network: as for demo.
+        each_way: how many proponents and opponents, at most.
+    """
+    config = pipeline.DemoConfig(
+        data=data, out=out, cost=cost, limit=limit, seed=seed, network=network, each_way=each_way
+    )
+    with _stage_bars(Console(stderr=True)) as track:
+        path = pipeline.attribute(config, images, track=track)
+    print(path.resolve())
+
+
+def explain(
+    images: tuple[int, ...],
+    data: Path | None = None,
+    out: Path = Path("dualxda-demo"),
+    cost: float = pipeline.DemoConfig.cost,
+    limit: int | None = None,
+    seed: int = 0,
+    network: Literal["small-cnn", "resnet-18"] = "small-cnn",
+    each_way: int = 3,
+) -> None:
+    """Draw test images beside the training images behind their predictions, with the relevance of each pair.
+
+    Args:
+        images: places in the test set.
+        data: as for demo.
+        out: folder of the pictures, query-INDEX.png; stages that fit or demo left there are reused.
+        cost: as for demo.
+        limit: as for demo.
+        seed: as for demo.
+        network: as for demo.
+        each_way: how many proponents and opponents, at most.
+    """
+    config = pipeline.DemoConfig(
+        data=data, out=out, cost=cost, limit=limit, seed=seed, network=network, each_way=each_way
+    )
+    with _stage_bars(Console(stderr=True)) as track:
+        paths = pipeline.explain(config, images, track=track)
+    for path in paths:
+        print(path.resolve())
+
+
+def bench(
+    samples: int = 60_000,
+    dim: int = 100,
+    classes: int = 10,
+    cost: float = pipeline.DemoConfig.cost,
+    queries: int = 1000,
+    repeats: int = 3,
+    seed: int = 0,
+) -> None:
+    """Time the SVM, attribution and relevance on this machine, on synthetic features (no peers: see benchmarks/).
+
+    Args:
+        samples: training samples.
+        dim: features of each.
+        classes: of the problem.
+        cost: C of the support vector machine.
+        queries: test samples to attribute.
+        repeats: of each timing, after a first call that compiles; the median counts.
+        seed: of the features.
+    """
+    with _stage_bars(Console(stderr=True)) as track:
+        found = pipeline.bench(
+            samples=samples, dim=dim, classes=classes, cost=cost, queries=queries, repeats=repeats, seed=seed,
+            track=track,
+        )  # fmt: skip
+    print(f"{'':20} {'first, s':>10} {'warm, s':>10}")
+    for name, first, warm, of in found["rows"]:
+        print(f"{name:20} {first:10.3f} {warm:10.4f}  {of}")
+    certified = "certified" if found["converged"] else "NOT CONVERGED"
+    print(f"relative gap {found['gap']:.1e}, {certified}")
+    print("\n".join(found["environment"]))
+
+
 def version() -> None:
     """Print the version."""
     print(__version__)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"demo": demo, "evaluate": evaluate, "version": version}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo, "fit": fit, "attribute": attribute, "explain": explain, "evaluate": evaluate, "bench": bench,
+    "version": version,
+}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -212,6 +333,8 @@ def _parse(arguments: Sequence[str]) -> Callable[[], None]:
         # tyro draws a box or rules around a title, then says what is wrong.
         lines = [line.strip(" │╭╮╰╯─-") for line in complaints.getvalue().splitlines()]
         said = [line for line in lines if line][1:]
+        # What is missing stands in the lines below "Missing from COMMAND:".
+        said[:1] = [" ".join(said[:2])] if said and said[0].endswith(":") else said[:1]
         raise ValueError((said[0] if said else "wrong arguments") + " (dualxda --help)") from None
 
 

@@ -1,5 +1,6 @@
 """The command: one line and a non-zero exit for what is wrong, help, and the report of a small run."""
 
+import json
 import subprocess
 import sys
 
@@ -29,6 +30,56 @@ def test_a_mistake_is_one_line_and_a_non_zero_exit(arguments, message, capsys, t
     assert said[-1].startswith("dualxda: ") and message in said[-1]
     assert "Traceback" not in captured.err and not captured.out
     assert len([line for line in said if "dualxda:" in line]) == 1
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """A folder where `dualxda fit` has been."""
+    out = tmp_path_factory.mktemp("single")
+    assert cli.main(["fit", "--limit", "150", "--out", str(out)]) == 0
+    return out
+
+
+def test_fit_attribute_and_explain_are_steps_on_the_same_stages(fitted, capsys, monkeypatch):
+    monkeypatch.setattr(cli.pipeline.stages, "train", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(cli.pipeline.stages, "fit", lambda *a, **k: pytest.fail("fitted again"))
+    surrogate = json.loads((fitted / "surrogate.json").read_text())
+    assert surrogate["converged"] and surrogate["gap"] <= 1e-4 and surrogate["agreement"] > 0.6
+    same = ["--limit", "150", "--out", str(fitted)]
+    assert cli.main(["attribute", *same, "--each-way", "2", "--images", "7", "3"]) == 0
+    assert capsys.readouterr().out.strip() == str((fitted / "attributions.json").resolve())
+    first, second = json.loads((fitted / "attributions.json").read_text())["queries"]
+    assert (first["image"], second["image"]) == (3, 7)
+    best, other = (sample["score"] for sample in first["proponents"])
+    assert best >= other > 0 and all(sample["score"] < 0 for sample in first["opponents"])
+    assert first["proponents"][0]["label"] == first["predicted"]
+    assert cli.main(["explain", *same, "--each-way", "1", "--images", "3"]) == 0
+    assert (fitted / "query-3.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["attribute", "--images", "3", "150"], "images: got 150, must be in 0..149"),
+        (["explain", "--images", "-1"], "images: got -1"),
+        (["explain"], "images"),
+        (["attribute", "--images", "1", "--each-way", "0"], "each_way: got 0"),
+    ],
+)
+def test_test_images_that_are_not_there_are_one_line(arguments, message, fitted, capsys):
+    assert cli.main([*arguments, "--limit", "150", "--out", str(fitted)]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert message in said[-1] and said[-1].startswith("dualxda: ")
+
+
+def test_bench_times_each_step_of_the_core(capsys):
+    sizes = ["--samples", "60", "--dim", "8", "--classes", "3", "--queries", "4", "--repeats", "1"]
+    assert cli.main(["bench", *sizes]) == 0
+    said = capsys.readouterr().out
+    for step in ("fit dual SVM", "scores", "top samples", "relevance of pairs", "certified"):
+        assert step in said
+    assert cli.main(["bench", "--classes", "1"]) == 1
+    assert "classes: got 1, must be 2 or more" in capsys.readouterr().err
 
 
 def test_an_output_that_is_a_file_is_refused(capsys, tmp_path):

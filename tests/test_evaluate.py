@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import pathlib
 import re
+import signal
+import subprocess
+import sys
 
 import flax.linen as nn
 import numpy as np
@@ -167,6 +171,63 @@ def test_a_mistake_is_one_line(arguments, message, tmp_path, capsys):
     assert cli.main(["evaluate", "--out", str(tmp_path / "out"), *arguments]) == 1
     said = capsys.readouterr().err
     assert message in said and said.count("dualxda:") == 1 and "Traceback" not in said
+
+
+def test_a_folder_where_another_run_is_at_work_is_refused(tmp_path, capsys):
+    with pipeline.store.claimed(tmp_path):
+        for command in (["evaluate"], ["demo"], ["attribute", "--images", "0"]):
+            assert cli.main([*command, "--out", str(tmp_path)]) == 1
+            said = capsys.readouterr().err
+            assert "another run is at work" in said and said.count("\n") == 1
+    with pipeline.store.claimed(tmp_path):
+        pass
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from dualxda_jax import checkpoint, pipeline
+from dualxda_jax.pipeline import cases, cells, evaluate
+from test_evaluate import SIZES, Tiny
+cases.module_of = cells.module_of = lambda network, num_classes: Tiny(num_classes)
+count, save = [0], checkpoint.save
+def killing(path, *args, **kwargs):
+    count[0] += 1
+    if count[0] == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(path, *args, **kwargs)
+checkpoint.save = killing
+config = pipeline.EvaluateConfig(out=Path(sys.argv[1]), methods=("random",), metrics=("lds",), changed=SIZES)
+pipeline.evaluate(config)
+"""
+
+
+def test_a_run_that_is_killed_is_not_finished_and_goes_on(module, tmp_path):
+    """Killed before its third checkpoint: one that keeps a retrained network."""
+    command = [sys.executable, "-c", KILLED, str(tmp_path), "3"]
+    killed = subprocess.run(command, check=False, capture_output=True, cwd=pathlib.Path(__file__).parent)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-500:]
+    assert not (tmp_path / "results.json").exists() and not (tmp_path / "index.html").exists()
+    kept = len(list((tmp_path / "stages/seed-0/networks").iterdir()))
+    assert 0 < kept < dict(SIZES)["subsets"]
+    config = pipeline.EvaluateConfig(out=tmp_path, methods=("random",), metrics=("lds",), changed=SIZES)
+    pipeline.evaluate(config)
+    found = pipeline.load_results(tmp_path / "results.json")
+    assert found["stages"][0]["note"] == "reused" and found["methods"][0]["values"]["lds"]["mean"] is not None
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_scores_that_are_not_finite_fail_the_method_alone(config, first, monkeypatch, bad):
+    make = lineup.Entry.make
+
+    def some(entry):
+        method = make(entry)
+        return dataclasses.replace(method, scores=lambda f, x, t: method.scores(f, x, t).at[0, 0].set(bad))
+
+    monkeypatch.setattr(lineup.Entry, "make", some)
+    pipeline.evaluate(dataclasses.replace(config, methods=("gradcos",), metrics=("class",)))
+    (row,) = pipeline.load_results(config.out / "results.json")["methods"]
+    assert "NaN or Inf for query 0" in row["failed"]["class"]
 
 
 def test_a_method_that_fails_is_last_and_the_others_go_on(config, first, monkeypatch):

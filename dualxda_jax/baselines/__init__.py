@@ -18,15 +18,18 @@ from dualxda_jax.baselines.influence import (
     influence_explicit,
     influence_lissa,
 )
+from dualxda_jax.baselines.on_features import on_features
 from dualxda_jax.baselines.products import gradcos, graddot, tracin
 from dualxda_jax.baselines.protocol import Context, Method, Stages, context
 from dualxda_jax.baselines.representer import NotStationaryWarning, representer
 from dualxda_jax.baselines.run import fit_resumable, scores_to, top_k
 from dualxda_jax.baselines.similarity import similarity
 from dualxda_jax.baselines.trak import trak
+from dualxda_jax.baselines.variants import dualda_variant
 
 METHODS: dict[str, Callable[[], Method]] = {
     "dualda": dualda,
+    "dualda_variant": dualda_variant,
     "graddot": graddot,
     "gradcos": gradcos,
     "influence_arnoldi": influence_arnoldi,
@@ -50,6 +53,7 @@ __all__ = [
     "Stages",
     "context",
     "dualda",
+    "dualda_variant",
     "fit_resumable",
     "gradcos",
     "graddot",
@@ -58,6 +62,7 @@ __all__ = [
     "influence_ekfac",
     "influence_explicit",
     "influence_lissa",
+    "on_features",
     "random",
     "representer",
     "scores_to",

@@ -94,9 +94,10 @@ def prepare(method: Method, key: Array, context: Context, *, timed: bool = False
 
 
 def score_blocks(
-    method: Method, fitted: Any, x: Any, targets: Any, *, chunk: int = 100, progress: Progress | None = None
-) -> Iterator[tuple[slice, Array, float]]:
-    """Scores of many queries, a block at a time, with the seconds that each block took once all was compiled.
+    method: Method, fitted: Any, x: Any, targets: Any, *, chunk: int = 100, timed: bool = True,
+    progress: Progress | None = None,
+) -> Iterator[tuple[slice, Array, float]]:  # fmt: skip
+    """Scores of many queries, a block at a time, with the seconds that each block took.
 
     Args:
         method: any.
@@ -104,6 +105,7 @@ def score_blocks(
         x: [q, ...] queries as the network takes them.
         targets: [q] classes to explain.
         chunk: queries in a block; all blocks have one shape, the last is filled up.
+        timed: compute the first block twice, so that its seconds are without compilation.
         progress: called with (queries done, q).
 
     Returns:
@@ -118,7 +120,7 @@ def score_blocks(
         part = slice(start, min(start + size, q))
         take = np.minimum(np.arange(start, start + size), q - 1)
         xs, ts = jnp.asarray(np.asarray(x)[take]), jnp.asarray(np.asarray(targets)[take], jnp.int32)
-        if start == 0:
+        if start == 0 and timed:
             jax.block_until_ready(method.scores(fitted, xs, ts))
         found, seconds = _timed(lambda xs=xs, ts=ts: method.scores(fitted, xs, ts))
         found = found[: part.stop - start]

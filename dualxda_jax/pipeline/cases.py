@@ -100,9 +100,9 @@ def make(name: str, dataset: data.Dataset, config: EvaluateConfig, seed: int) ->
     few = {"grouped": 4, "marked": SHORTCUT_CLASS + 1}.get(name, 2)
     if k < few:
         fail("data", f"{k} classes", f"{few} or more for the metric {METRICS_OF[name][0]!r}")
-    rows = choose(len(dataset.train.labels), sizes.limit)
-    if name == "part":
-        rows = rows[choose(len(rows), sizes.part)]
+    # The part depends on `limit` only where that is smaller: networks that were retrained serve a larger limit too.
+    most = min(sizes.part or len(dataset.train.labels), sizes.limit or len(dataset.train.labels))
+    rows = choose(len(dataset.train.labels), most if name == "part" else sizes.limit)
     images, labels = dataset.train.images[rows], dataset.train.labels[rows]
     test, planted, classes = dataset.test, None, k
     key = jax.random.fold_in(jax.random.key(seed), list(METRICS_OF).index(name))

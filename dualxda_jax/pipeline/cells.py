@@ -63,7 +63,7 @@ def explain(
             if case.name == "noisy":
                 _mislabelling(cell, np.asarray(method.self_influence(fitted)), case.planted)
             elif len(trained.targets):
-                took = _scores(cell, method, fitted, trained, metrics, retrained, progress)
+                took = _scores(cell, method, fitted, trained, metrics, retrained, progress, timed=timed)
                 if timed:
                     cost = benchmark.Cost(
                         seconds, took, len(trained.targets), benchmark.kept_bytes(fitted, context), compiled
@@ -86,7 +86,7 @@ def _mislabelling(cell: dict[str, Any], self_influence: np.ndarray, corrupted: A
 
 def _scores(
     cell: dict[str, Any], method: Any, fitted: Any, trained: Trained, metrics: tuple[str, ...],
-    retrained: dict[str, Any] | None, progress: Progress,
+    retrained: dict[str, Any] | None, progress: Progress, *, timed: bool,
 ) -> float:  # fmt: skip
     """Fill in what scores give, block by block, so that [q, n] is never held; returns the seconds of the scores."""
     case, seconds = trained.case, 0.0
@@ -94,7 +94,7 @@ def _scores(
     found: dict[str, list[np.ndarray]] = {name: [] for name in metrics if name in _PER_QUERY}
     importance = np.zeros(n)
     for part, scores, took in benchmark.score_blocks(
-        method, fitted, trained.queries, trained.targets, chunk=CHUNK, progress=progress
+        method, fitted, trained.queries, trained.targets, chunk=CHUNK, timed=timed, progress=progress
     ):
         seconds += took
         for name, values in found.items():

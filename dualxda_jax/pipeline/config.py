@@ -46,5 +46,7 @@ class DemoConfig:
             fail("seed", self.seed, "in 0..4294967295")
         if self.network not in NETWORKS:
             fail("network", repr(self.network), f"one of {', '.join(NETWORKS)}")
+        if self.each_way < 1:
+            fail("each_way", self.each_way, "at least 1")
         if self.out.exists() and not self.out.is_dir():
             fail("out", f"the file {self.out}", "a folder")

@@ -35,11 +35,15 @@ def evaluate(config: EvaluateConfig, *, track: store.Track | None = None, overal
         Path of the page.
 
     Raises:
-        ValueError: data that cannot be read, results of another version in `out`.
+        ValueError: data that cannot be read, results of another version in `out`, another run at work there.
         OSError: the folder cannot be made.
     """
     report.need_libraries()
-    config.out.mkdir(parents=True, exist_ok=True)
+    with store.claimed(config.out):
+        return _evaluate(config, track or store.silent, overall or (lambda done, total: None))
+
+
+def _evaluate(config: EvaluateConfig, track: store.Track, overall: Progress) -> Path:
     target = config.out / "results.json"
     if target.exists():
         results.load(target)  # refuses what another version wrote
@@ -49,14 +53,13 @@ def evaluate(config: EvaluateConfig, *, track: store.Track | None = None, overal
     start = time.perf_counter()
     dataset = data.embedded_sample() if config.data is None else data.load_folder(config.data)
     names = [name for name in cases.METRICS_OF if set(cases.METRICS_OF[name]) & set(config.chosen_metrics)]
-    runs = [_Seed(config, dataset, seed, names, track or store.silent) for seed in range(config.seeds)]
+    runs = [_Seed(config, dataset, seed, names, track) for seed in range(config.seeds)]
     total, done = sum(run.stages for run in runs), 0
 
     def finished() -> None:
         nonlocal done
         done += 1
-        if overall is not None:
-            overall(done, total)
+        overall(done, total)
 
     found = [run.run(finished) for run in runs]
     table = results.assemble(

@@ -58,17 +58,20 @@ class Entry:
         method: its name among `baselines.METHODS`.
         options: of its constructor; the defaults where nothing is said.
         skips: metrics that it is left out of, and why.
+        on_features: for methods on the final layer: compute on extracted features, see `baselines.on_features`.
     """
 
     name: str
     method: str
     options: tuple[tuple[str, Any], ...] = ()
     skips: tuple[tuple[str, str], ...] = ()
+    on_features: bool = False
 
     def make(self) -> baselines.Method:
         """The method."""
         make: Callable[..., baselines.Method] = baselines.METHODS[self.method]
-        return make(**dict(self.options))
+        method = make(**dict(self.options))
+        return baselines.on_features(method) if self.on_features else method
 
 
 CONTROL = "random"
@@ -76,9 +79,25 @@ CONTROL = "random"
 
 _SOLVES = (("mislabel", "self-influence would take a solve for each training sample"),)
 
+_PATH = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+
 _ENTRIES: dict[str, dict[str, tuple[Entry, ...]]] = {
     "dualda": {
         "": tuple(Entry(f"dualda-1e-{digit}", "dualda", (("cost", 10.0**-digit),)) for digit in (5, 3, 1)),
+    },
+    "dualda_variant": {
+        "": tuple(
+            Entry(f"dualda+{name}", "dualda_variant", options)
+            for name, options in (
+                ("normalized", (("normalize", True),)),
+                ("centred", (("centre", True),)),
+                ("intercept", (("intercept", 1.0),)),
+                ("predicted-labels", (("labels", "predicted"),)),
+                ("faithful-cost", (("cost", _PATH), ("over", "best"))),
+                ("path", (("cost", _PATH),)),
+                ("checkpoints", (("checkpoints", 3),)),
+            )
+        ),
     },
     "influence_arnoldi": {
         "small": (
@@ -86,17 +105,24 @@ _ENTRIES: dict[str, dict[str, tuple[Entry, ...]]] = {
                 "arnoldi",
                 "influence_arnoldi",
                 (("params", "head"), ("rank", 64), ("krylov", 100), ("samples", 2_000)),
+                on_features=True,
             ),
         ),
         "paper": (Entry("arnoldi", "influence_arnoldi"),),
     },
     "influence_ekfac": {"": (Entry("ekfac", "influence_ekfac"),)},
     "influence_lissa": {
-        "small": (Entry("lissa", "influence_lissa", (("scale", 500.0), ("depth", 1_500), ("repeats", 2)), _SOLVES),),
-        "paper": (Entry("lissa", "influence_lissa", (), _SOLVES),),
+        "small": (Entry("lissa", "influence_lissa", (("scale", 1000.0), ("repeats", 1)), _SOLVES, on_features=True),),
+        "paper": (Entry("lissa", "influence_lissa", (("scale", 1000.0),), _SOLVES, on_features=True),),
     },
-    "influence_cg": {"": (Entry("cg-head", "influence_cg", (("params", "head"),), _SOLVES),)},
-    "influence_explicit": {"": (Entry("explicit-head", "influence_explicit", (("params", "head"),)),)},
+    "influence_cg": {"": (Entry("cg-head", "influence_cg", (("params", "head"),), _SOLVES, on_features=True),)},
+    "influence_explicit": {
+        "": (Entry("explicit-head", "influence_explicit", (("params", "head"),), on_features=True),),
+    },
+    "similarity": {
+        "": (Entry("similarity", "similarity"),
+             *(Entry(f"similarity-{m}", "similarity", (("measure", m),)) for m in ("cos", "l2"))),
+    },
     "tracin": {
         "small": (Entry("tracin", "tracin"),),
         "paper": (Entry("tracin", "tracin", (("projection", 128), ("projection_kind", "gaussian"))),),
@@ -106,8 +132,8 @@ _ENTRIES: dict[str, dict[str, tuple[Entry, ...]]] = {
         "paper": (Entry("trak", "trak", (("projection", 2048), ("checkpoints", 1))),),
     },
 }  # fmt: skip
-_ON_REQUEST = ("influence_cg", "influence_explicit")
-"""Left out unless asked for: their cost grows with the head, and LiSSA and EK-FAC stand for them in the paper."""
+_ON_REQUEST = ("dualda_variant", "influence_cg", "influence_explicit")
+"""Left out unless asked for: experiments, and methods whose cost grows with the head, for which LiSSA stands."""
 
 
 def lineup(preset: str, asked: Sequence[str] | None = None) -> tuple[Entry, ...]:
@@ -115,7 +141,7 @@ def lineup(preset: str, asked: Sequence[str] | None = None) -> tuple[Entry, ...]
 
     Args:
         preset: "small" or "paper".
-        asked: names of rows or of methods (which stand for all their rows); None takes every method of the table.
+        asked: names of rows, or else of methods (which stand for all their rows); None takes every method of the table.
 
     Raises:
         ValueError: a name that is neither, or given twice.
@@ -128,7 +154,7 @@ def lineup(preset: str, asked: Sequence[str] | None = None) -> tuple[Entry, ...]
         return tuple(row for row in rows if row.method not in _ON_REQUEST)
     chosen: list[Entry] = []
     for name in asked:
-        found = [row for row in rows if name in (row.name, row.method)]
+        found = [row for row in rows if name == row.name] or [row for row in rows if name == row.method]
         if not found:
             names = sorted({row.name for row in rows} | {row.method for row in rows})
             fail("methods", repr(name), f"among {', '.join(names)}")

@@ -1,4 +1,4 @@
-"""The chain of stages."""
+"""The chain of stages of the demo, from a surrogate to a report."""
 
 import dataclasses
 import functools
@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dualxda_jax import attribution, checkpoint, models, report
+from dualxda_jax import checkpoint, report
 from dualxda_jax._version import __version__
 from dualxda_jax.pipeline import content, stages, store
 from dualxda_jax.pipeline.config import DemoConfig
+from dualxda_jax.pipeline.surrogate import surrogate
 
-_MODULES = {"small-cnn": models.SmallCNN, "resnet-18": models.ResNet18}
 TITLE = "Which training samples made it so"
 
 
@@ -26,35 +26,19 @@ def run(config: DemoConfig, *, track: store.Track | None = None) -> Path:
         Path of the report's HTML page.
 
     Raises:
-        ValueError: data that cannot be read.
+        ValueError: data that cannot be read, another run at work in the folder.
         OSError: the folder of the report cannot be made.
     """
     # Better now than after the training.
     report.need_libraries()
-    config.out.mkdir(parents=True, exist_ok=True)
-    log: list[report.Stage] = []
-    kept = config.out / "stages"
-    stage = functools.partial(store.stage, kept, track or store.silent, log)
+    with store.claimed(config.out):
+        return _run(config, track)
 
-    dataset = stage("read images", lambda progress: stages.read(config))
-    num_classes = len(dataset.class_names)
-    module = _MODULES[config.network](num_classes=num_classes)
-    settings = models.training.config_for(len(dataset.train.labels))
-    made_by = checkpoint.fingerprint(__version__, dataset.train, config.network, config.seed, settings)
-    unfinished = kept / f"training-{made_by[:12]}"
-    params = stage(
-        "train network", lambda p: stages.train(config, module, dataset.train, settings, unfinished, p), made_by
-    )
-    model = models.from_linen(module, head=models.HEAD)
 
-    made_by = checkpoint.fingerprint(__version__, params, dataset.train, dataset.test)
-    extract = functools.partial(stages.extract, model, params)
-    train = stage("extract training features", lambda p: extract(dataset.train, p), made_by)
-    test = stage("extract test features", lambda p: extract(dataset.test, p), made_by)
-
-    made_by = checkpoint.fingerprint(__version__, train, num_classes, config.cost, stages.SOLVER)
-    solution = stage("fit dual SVM", lambda p: stages.fit(train, num_classes, config.cost, p), made_by)
-    support = attribution.compress(train.values, train.labels, solution)
+def _run(config: DemoConfig, track: store.Track | None) -> Path:
+    made = surrogate(config, track=track)
+    dataset, model, params, train, test = made.dataset, made.model, made.params, made.train, made.test
+    solution, support, stage, log = made.solution, made.support, made.stage, made.log
 
     choices = (config.right, config.wrong, config.each_way, config.seed, config.evaluated)
     made_by = checkpoint.fingerprint(__version__, params, support, test, choices)

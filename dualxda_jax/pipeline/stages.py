@@ -99,9 +99,18 @@ def choose(predicted: np.ndarray, labels: np.ndarray, *, right: int, wrong: int,
 
 
 def find(
-    model: FeatureModel, params: Params, support: SupportModel, test: Features, config: DemoConfig
-) -> dict[str, Any]:
+    model: FeatureModel, params: Params, support: SupportModel, test: Features, config: DemoConfig,
+    chosen: np.ndarray | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Strongest proponents and opponents of some test samples, towards the network's predictions.
+
+    Args:
+        model: features of the network.
+        params: its parameters.
+        support: the support vectors.
+        test: features of the test images.
+        config: how many, and the seed of the choice.
+        chosen: [q] places in the test set; None chooses as `choose` does.
 
     Returns:
         "queries" [q] places in the test set, "targets" [q], "logits" [q] the surrogate's logits of the targets,
@@ -109,7 +118,8 @@ def find(
         first, and "self_influence" [e] theirs.
     """
     predicted = network_logits(model, params, test.values).argmax(axis=1)
-    chosen = choose(predicted, np.asarray(test.labels), right=config.right, wrong=config.wrong, seed=config.seed)
+    if chosen is None:
+        chosen = choose(predicted, np.asarray(test.labels), right=config.right, wrong=config.wrong, seed=config.seed)
     targets = jnp.asarray(predicted[chosen], jnp.int32)
     top = functools.partial(
         attribution.top_k, support, test.values[chosen], targets, k=min(config.each_way, len(support.index))

@@ -10,8 +10,14 @@ from typing import Any, NamedTuple
 import jax
 
 from dualxda_jax import checkpoint
+from dualxda_jax._check import fail
 from dualxda_jax.report import Stage
 from dualxda_jax.types import Progress
+
+try:
+    import fcntl
+except ImportError:  # Windows has none: there, runs are not kept apart
+    fcntl = None  # type: ignore[assignment]
 
 
 class Watch(NamedTuple):
@@ -35,6 +41,27 @@ def silent(name: str) -> Iterator[Watch]:
     """The `Track` that shows nothing."""
     del name
     yield Watch(lambda done, total: None, lambda note: None)
+
+
+@contextlib.contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Keep other runs out of a folder while this one writes to it; the system lets go of it when the process ends.
+
+    Args:
+        out: made if it is not there.
+
+    Raises:
+        ValueError: another run is at work there.
+        OSError: the folder cannot be made.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as lock:
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fail("out", f"{out}, where another run is at work", "a folder of its own, or wait for that run")
+        yield
 
 
 def stage(
