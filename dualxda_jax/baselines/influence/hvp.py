@@ -32,14 +32,12 @@ class Config:
     Attributes:
         params: which parameters.
         hessian: "exact" or "ggn".
-        damping: λ, added to the diagonal.
         chunk: samples at a time.
         vectors: vectors that are multiplied at a time.
     """
 
     params: Filter
     hessian: str
-    damping: float
     chunk: int
     vectors: int
 
@@ -78,12 +76,19 @@ def as_vector(tree: Mapping[str, Array], batch: int = 0) -> Array:
     return jnp.concatenate(parts, axis=-1)
 
 
-def product(context: Context, config: Config, vectors: Array, samples: tuple[Array, Array] | None = None) -> Array:
+def product(
+    context: Context,
+    config: Config,
+    damping: Any,
+    vectors: Array,
+    samples: tuple[Array, Array] | None = None,
+) -> Array:
     """(H + λ) v for vectors [m, p].
 
     Args:
         context: the network and its training set.
         config: which curvature.
+        damping: λ, a number.
         vectors: [m, p].
         samples: inputs [b, ...] and labels [b] to take the mean over; by default the training set.
     """
@@ -100,7 +105,7 @@ def product(context: Context, config: Config, vectors: Array, samples: tuple[Arr
             return jax.tree.map(jnp.add, total, more)
 
         total = fold_chunks(step, jax.tree.map(jnp.zeros_like, directions), samples, config.chunk)
-        return as_vector(total, 1) / samples[1].shape[0] + config.damping * vectors
+        return as_vector(total, 1) / samples[1].shape[0] + damping * vectors
 
     with jax.default_matmul_precision("highest"):
         return map_chunks(some_vectors, (vectors,), config.vectors)
