@@ -101,7 +101,12 @@ def product(
 
         def step(total: dict[str, Array], mask: Array, x: Array, labels: Array) -> dict[str, Array]:
             one = _exact if config.hessian == "exact" else _gauss_newton
-            more = jax.vmap(lambda v: one(context, selection, chosen, rest, v, mask, x, labels))(directions)
+            along = lambda v: one(context, selection, chosen, rest, v, mask, x, labels)  # noqa: E731
+            try:
+                more = jax.vmap(along)(directions)
+            except NotImplementedError:
+                # jax has no vmap over the kernel of a grouped convolution whose data lie on a mesh.
+                more = jax.lax.map(along, directions)
             return jax.tree.map(jnp.add, total, more)
 
         total = fold_chunks(step, jax.tree.map(jnp.zeros_like, directions), samples, config.chunk)

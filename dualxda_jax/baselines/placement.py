@@ -1,0 +1,67 @@
+"""Arrays over Explicit mesh axes: the methods leave it to the compiler to place what they compute."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from dualxda_jax import _check
+
+
+def automatic(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, given arrays over Explicit mesh axes as arrays over Auto axes of the same devices.
+
+    Nothing is moved, and what comes back lies over Auto axes. Per-sample gradients, chunks and projections reshape and
+    gather along the samples, for which Explicit axes would ask to be told in every line where the result shall lie.
+
+    Raises:
+        ValueError: in a trace, where an array's place is a part of its type.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        mesh = _explicit_mesh((args, kwargs))
+        if mesh is None:
+            return function(*args, **kwargs)
+        args, kwargs = jax.tree.map(functools.partial(_moved, mesh), (args, kwargs))
+        with jax.set_mesh(_auto(mesh)):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def _explicit_mesh(tree: Any) -> Mesh | None:
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+    for leaf in leaves:
+        if _check.is_traced(leaf):
+            mesh = getattr(getattr(jax.typeof(leaf), "sharding", None), "mesh", None)
+            if mesh is not None and not mesh.empty and AxisType.Explicit in mesh.axis_types:
+                was = f"traced over the Explicit mesh axes {mesh.axis_names}"
+                _check.fail("an array", was, "over Auto axes, or given outside of jit")
+        elif isinstance(leaf.sharding, NamedSharding) and _is_explicit(leaf.sharding.mesh):
+            return leaf.sharding.mesh
+    if any(map(_check.is_traced, leaves)):
+        return None
+    with contextlib.suppress(ValueError):  # inside of a trace there is no concrete mesh
+        mesh = jax.sharding.get_mesh()
+        return mesh if _is_explicit(mesh) else None
+    return None
+
+
+def _is_explicit(mesh: Any) -> bool:
+    return not mesh.empty and AxisType.Explicit in mesh.axis_types
+
+
+def _auto(mesh: Mesh) -> Mesh:
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
+def _moved(mesh: Mesh, leaf: Any) -> Any:
+    if not isinstance(leaf, jax.Array) or not isinstance(leaf.sharding, NamedSharding):
+        return leaf
+    if leaf.sharding.mesh != mesh:
+        return leaf
+    return jax.device_put(leaf, NamedSharding(_auto(mesh), leaf.sharding.spec))
