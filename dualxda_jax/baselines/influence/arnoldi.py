@@ -105,6 +105,7 @@ def influence_arnoldi(
         steps = krylov or min(_KRYLOV, p)
         sized = dataclasses.replace(config, krylov=steps, rank=rank or min(_RANK, steps))
         fitted = _fit(sized, numbers, key, context)
+        checks.finite_training(context, config, fitted.training, fitted.inverses)
         if not _check.is_traced(fitted.inverses) and not bool((fitted.inverses > 0).any()):
             _check.fail(
                 "inverse_tolerance", inverse_tolerance, "below the largest eigenvalue of the Hessian, regularised"

@@ -71,6 +71,7 @@ def influence_explicit(
         if p > max_parameters:
             _check.fail("params", f"{p} parameters", f"at most max_parameters={max_parameters} of them")
         inverse = _invert(config, damping, context)
+        checks.finite_training(context, config, inverse)
         if not _check.is_traced(inverse) and not bool(jnp.isfinite(inverse).all()):
             _check.fail("context", "NaN or Inf in the Hessian", "finite inputs and parameters")
         return Fitted(context, inverse)

@@ -7,6 +7,7 @@ negative where the loss is convex in the logits. Samples and vectors are both ta
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -150,6 +151,18 @@ def gradients(context: Context, config: Config, x: Array, labels: Array) -> Arra
         return rows.flat(found)
 
     return map_chunks(some, (x, labels), config.chunk)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def gradient_sums(context: Context, config: Config) -> Array:
+    """[n] sum of the gradient of every training sample: not finite where the gradient is not."""
+
+    def some(x: Array, labels: Array) -> Array:
+        found = per_sample(context.logits, context.loss, selected(context, config), context.params, x, labels)
+        leaves = (leaf.astype(rows.accumulator(found)) for leaf in jax.tree.leaves(found))
+        return sum(leaf.reshape(leaf.shape[0], -1).sum(axis=1) for leaf in leaves)  # type: ignore[return-value]
+
+    return map_chunks(some, (context.inputs, context.labels), config.chunk)
 
 
 def along(context: Context, config: Config, vectors: Array, x: Array, labels: Array) -> Array:

@@ -53,11 +53,13 @@ def method(name: str, config: hvp.Config, numbers: Numbers, solver: Solver, repo
     def scores(fitted: Fitted, x: Array, targets: Array) -> Array:
         targets = check_queries(fitted.context, x, targets)
         result, ended = _scores(config, solver, dict(numbers), fitted, jnp.asarray(x), targets)
+        checks.finite_training(fitted.context, config, result)
         report(ended)
         return checks.finite_scores(result)
 
     def self_influence(fitted: Fitted) -> Array:
         result, ended = _self_influence(config, solver, dict(numbers), fitted)
+        checks.finite_training(fitted.context, config, result)
         report(ended)
         return checks.finite_samples(result)
 

@@ -332,6 +332,16 @@ def test_what_does_not_fit_the_problem(method, message, logistic):
         method.fit(KEY, logistic[0])
 
 
+@pytest.mark.parametrize("name", ["explicit", "cg", "lissa", "arnoldi"])
+def test_a_bad_sample_is_named_by_every_method(name, logistic):
+    context, query, targets = logistic
+    spoilt = dataclasses.replace(context, inputs=context.inputs.at[7, 1].set(jnp.nan))
+    # The curvature is a mean over all samples: one that is NaN makes all of it NaN.
+    method = baselines.METHODS[f"influence_{name}"](**{"depth": 3} if name == "lissa" else {})
+    with pytest.raises(ValueError, match=r"gradients of the training samples: got NaN or Inf at 1 \(first: 7\)"):
+        method.scores(method.fit(KEY, spoilt), query, targets)
+
+
 def test_a_bad_sample_and_a_bad_query_are_named(logistic):
     context, query, targets = logistic
     method = baselines.influence_explicit(damping=DAMPING)
