@@ -1,6 +1,9 @@
 """Linear datamodelling scores on MNIST 5,000/500 with logistic regression, beside dattri's published values.
 
-    python benchmarks/yardstick.py --data FOLDER [--subsets 100] [--runs 5] [--batch 32] [--peers PEERS_PYTHON]
+    python benchmarks/yardstick.py --data FOLDER [--subsets 100] [--runs 2] [--batch 32] [--peers PEERS_PYTHON]
+        [--methods PATTERN ...]
+
+What `--out` holds already, of the same options, is kept and not computed again.
 
 The setting is dattri's (benchmark "mnist_lr" and its script `dattri_retrain`): the first 5,000 training and 500 test
 images, normalised by 0.1307 and 0.3081; SGD without momentum, rate 0.01, batches of 32, 20 passes; networks retrained
@@ -15,6 +18,7 @@ ground truth; that is what tells a difference between implementations from one b
 """
 
 import argparse
+import fnmatch
 import functools
 import json
 import os
@@ -36,7 +40,7 @@ PUBLISHED = {
     "tracin-10": 0.33,
     "graddot": 0.33,
     "gradcos": 0.19,
-    "representer": 0.19,
+    "representer-cos": 0.19,
     "trak-1": 0.42,
     "trak-10": 0.64,
 }
@@ -100,7 +104,7 @@ for d in json.loads(sys.argv[2]):
     jobs[f"influence_cg {d:g}"] = lambda d=d: influence(I.IFAttributorCG, regularization=d, max_iter=10)
     jobs[f"influence_arnoldi {d:g}"] = lambda d=d: influence(I.IFAttributorArnoldi, regularization=d, max_iter=50)
 jobs["influence_lissa"] = lambda: influence(I.IFAttributorLiSSA, recursion_depth=100, batch_size=100)
-for name, job in jobs.items():
+for name in [n for n in sys.argv[4:] if n in jobs]:
     try:
         with torch.no_grad(): value = lds(job().detach(), truth)[0]
         print(json.dumps([name, float(value[~torch.isnan(value)].mean())]), flush=True)
@@ -194,7 +198,7 @@ def representer_cos(fitted, queries, targets):
     return fitted.coefficients.T[targets] * (unit[1] @ unit[0].T)
 
 
-def run_peer(python, x, labels, queries, targets, networks, halves, outputs):
+def run_peer(python, names, x, labels, queries, targets, networks, halves, outputs):
     """Name -> LDS by dattri on the same networks and ground truth."""
     arrays = {"x": x, "y": labels, "query": queries, "targets": targets, "halves": halves, "outputs": outputs}
     for which, params in networks.items():
@@ -202,27 +206,38 @@ def run_peer(python, x, labels, queries, targets, networks, halves, outputs):
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "given.npz")
         np.savez(path, **arrays)
-        command = [python, "-W", "ignore", "-c", PEER, path, json.dumps(DAMPINGS), json.dumps(REPRESENTER)]
+        command = [python, "-W", "ignore", "-c", PEER, path, json.dumps(DAMPINGS), json.dumps(REPRESENTER), *names]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
             for line in process.stdout:
                 if line.startswith("["):
                     yield json.loads(line)
 
 
+def options_of(given):
+    return {"subsets": given.subsets, "runs": given.runs, "batch": given.batch}
+
+
+def kept(given):
+    """Rows of an earlier run with the same options, by method."""
+    found = json.loads(given.out.read_text()) if given.out.exists() else {}
+    same = {k: v for k, v in found.items() if k != "rows"} == options_of(given)
+    return {row["method"]: row for row in found["rows"]} if same else {}
+
+
 def write(given, rows):
     """All rows so far: an interrupted run leaves what it has measured."""
-    options = {"subsets": given.subsets, "runs": given.runs, "batch": given.batch}
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps({**options, "rows": list(rows.values())}, indent=1) + "\n")
+    given.out.write_text(json.dumps({**options_of(given), "rows": list(rows.values())}, indent=1) + "\n")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--subsets", type=int, default=100)
-    parser.add_argument("--runs", type=int, default=5, help="networks on every half, whose outputs are averaged")
+    parser.add_argument("--runs", type=int, default=2, help="networks on every half, whose outputs are averaged")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--peers", help="a Python with torch and dattri")
+    parser.add_argument("--methods", nargs="+", default=["*"], help="shell patterns on the names")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/yardstick.json"))
     given = parser.parse_args()
     (x, labels), (queries, targets) = read(given.data, "train", 5000), read(given.data, "t10k", 500)
@@ -239,7 +254,8 @@ def main():
     networks = {"full": train(10, given.batch, jax.random.key(2), x, labels, whole), "half": half}
     subsets = np.zeros((given.subsets, 5000), bool)
     np.put_along_axis(subsets, np.asarray(halves), True, axis=1)
-    rows = {}
+    rows = kept(given)
+    wanted = lambda name: any(fnmatch.fnmatchcase(name, p) for p in given.methods)  # noqa: E731
 
     def note(name, side, value):
         row = rows.setdefault(name, {"method": name, "published": PUBLISHED.get(name.split()[0].removesuffix("-512"))})
@@ -248,6 +264,8 @@ def main():
         write(given, rows)
 
     for name, (method, which, count) in methods().items():
+        if not wanted(name) or "ours" in rows.get(name, {}):
+            continue
         checkpoints = tuple(jax.tree.map(lambda a, i=i: a[i], networks[which]) for i in range(count))
         context = baselines.context(
             logits,
@@ -267,7 +285,8 @@ def main():
         for label, scores in scored.items():
             note(label, "ours", float(np.nanmean(evaluation.lds(scores, subsets, outputs))))
     if given.peers:
-        for name, value in run_peer(given.peers, x, labels, queries, targets, networks, halves, outputs):
+        names = [n for n in rows if wanted(n) and "dattri" not in rows[n]]
+        for name, value in run_peer(given.peers, names, x, labels, queries, targets, networks, halves, outputs):
             note(name, "dattri", value)
 
 

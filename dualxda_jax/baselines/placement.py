@@ -42,7 +42,7 @@ def _explicit_mesh(tree: Any) -> Mesh | None:
                 was = f"traced over the Explicit mesh axes {mesh.axis_names}"
                 _check.fail("an array", was, "over Auto axes, or given outside of jit")
         elif isinstance(leaf.sharding, NamedSharding) and _is_explicit(leaf.sharding.mesh):
-            return leaf.sharding.mesh
+            return leaf.sharding.mesh  # type: ignore[return-value]
     if any(map(_check.is_traced, leaves)):
         return None
     with contextlib.suppress(ValueError):  # inside of a trace there is no concrete mesh

@@ -94,15 +94,19 @@ def test_gradients_of_every_kind_of_kernel(kernels):
         np.testing.assert_allclose(rows.flat(found), expected, rtol=1e-4, atol=1e-5 * float(jnp.abs(expected).max()))
 
 
-@pytest.mark.parametrize("name", ["influence_cg", "influence_ekfac"])
-def test_influence_through_every_kind_of_kernel(name, kernels):
-    compare(name, kernels, AxisType.Auto)
+def test_layers_through_every_kind_of_kernel(kernels):
+    assert set(baselines.influence.left_out(kernels)) == {"depthwise", "scaled", "loop"}
+    compare("influence_ekfac", kernels, AxisType.Auto)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize("name", DENSE)
-def test_methods(name, kind, dense):
-    compare(name, dense, kind)
+def test_methods(name, dense):
+    compare(name, dense, AxisType.Auto)
+
+
+@pytest.mark.parametrize("name", ["graddot", "trak", "representer", "influence_cg", "influence_ekfac"])
+def test_explicit_axes(name, dense):
+    compare(name, dense, AxisType.Explicit)
 
 
 def compare(name, context, kind):

@@ -160,7 +160,7 @@ def gradient_sums(context: Context, config: Config) -> Array:
     def some(x: Array, labels: Array) -> Array:
         found = per_sample(context.logits, context.loss, selected(context, config), context.params, x, labels)
         leaves = (leaf.astype(rows.accumulator(found)) for leaf in jax.tree.leaves(found))
-        return sum(leaf.reshape(leaf.shape[0], -1).sum(axis=1) for leaf in leaves)  # type: ignore[return-value]
+        return sum(leaf.reshape(leaf.shape[0], -1).sum(axis=1) for leaf in leaves)
 
     return map_chunks(some, (context.inputs, context.labels), config.chunk)
 
