@@ -106,7 +106,7 @@ for d in json.loads(sys.argv[2]):
 jobs["influence_lissa"] = lambda: influence(I.IFAttributorLiSSA, recursion_depth=100, batch_size=100)
 for name in [n for n in sys.argv[4:] if n in jobs]:
     try:
-        with torch.no_grad(): value = lds(job().detach(), truth)[0]
+        with torch.no_grad(): value = lds(jobs[name]().detach(), truth)[0]
         print(json.dumps([name, float(value[~torch.isnan(value)].mean())]), flush=True)
     except Exception as error:
         print(json.dumps([name, repr(error)[:200]]), flush=True)

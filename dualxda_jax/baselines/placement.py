@@ -1,6 +1,5 @@
 """Arrays over Explicit mesh axes: the methods leave it to the compiler to place what they compute."""
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -43,12 +42,14 @@ def _explicit_mesh(tree: Any) -> Mesh | None:
                 _check.fail("an array", was, "over Auto axes, or given outside of jit")
         elif isinstance(leaf.sharding, NamedSharding) and _is_explicit(leaf.sharding.mesh):
             return leaf.sharding.mesh  # type: ignore[return-value]
-    if any(map(_check.is_traced, leaves)):
+    if any(map(_check.is_traced, leaves)) or not _is_explicit(jax.sharding.get_abstract_mesh()):
         return None
-    with contextlib.suppress(ValueError):  # inside of a trace there is no concrete mesh
-        mesh = jax.sharding.get_mesh()
-        return mesh if _is_explicit(mesh) else None
-    return None
+    # Arrays over Auto axes, or on one device, where the caller has set a mesh with Explicit ones.
+    placed = [leaf.sharding.mesh for leaf in leaves if isinstance(leaf.sharding, NamedSharding)]
+    if placed:
+        return placed[0]  # type: ignore[return-value]
+    get_mesh = getattr(jax.sharding, "get_mesh", None)  # not in jax 0.8
+    return get_mesh() if get_mesh is not None else None
 
 
 def _is_explicit(mesh: Any) -> bool:
