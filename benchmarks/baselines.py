@@ -8,6 +8,9 @@ same weights: the paper's small CNN, all 1.3 million parameters. Seconds are tho
 what all packages can be asked for: for ours of the second call (the first compiles, and is reported beside), for peers
 of the only call. Peers that would take hours can be given fewer training samples by --peer-train; their seconds are
 then multiplied by train / peer-train, and the table says so (all of them are linear in it).
+
+--double N compares instead of timing: rows of scores for N training samples and 40 queries, ours in float32 and the
+peers' in float32 and float64. Where the network is nearly certain, softmax less one-hot leaves few digits in float32.
 """
 
 import argparse
@@ -29,16 +32,16 @@ PEER = """
 import sys, time, tempfile, numpy as np, torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-given, name, out = np.load(sys.argv[1]), sys.argv[2], sys.argv[3]
-t = lambda a: torch.tensor(a)
+given, name, out, dtype = np.load(sys.argv[1]), sys.argv[2], sys.argv[3], getattr(torch, sys.argv[4])
+t = lambda a: torch.tensor(a, dtype=dtype)
 net = nn.Sequential(nn.Conv2d(1, 5, 3), nn.ReLU(), nn.Conv2d(5, 10, 3), nn.ReLU(), nn.Conv2d(10, 5, 3), nn.ReLU(),
-    nn.Flatten(), nn.Linear(2420, 500), nn.ReLU(), nn.Linear(500, 100), nn.ReLU(), nn.Linear(100, 10))
+    nn.Flatten(), nn.Linear(2420, 500), nn.ReLU(), nn.Linear(500, 100), nn.ReLU(), nn.Linear(100, 10)).to(dtype)
 places = {"conv_0": 0, "conv_1": 2, "conv_2": 4, "dense_0": 7, "dense_1": 9, "head": 11}
 for layer, i in places.items():
     net[i].weight.data, net[i].bias.data = t(given[layer + "/kernel"]), t(given[layer + "/bias"])
 net.eval(); n = given["n"].item()
-train = TensorDataset(t(given["x"])[:n], t(given["y"])[:n].long())
-query = TensorDataset(t(given["xq"]), t(given["yq"]).long())
+train = TensorDataset(t(given["x"])[:n], torch.tensor(given["y"])[:n].long())
+query = TensorDataset(t(given["xq"]), torch.tensor(given["yq"]).long())
 state = {k: v.clone() for k, v in net.state_dict().items()}
 def loss(params, pair):
     out = torch.func.functional_call(net, params, pair[0].unsqueeze(0))
@@ -114,7 +117,7 @@ def run_ours(method, context, x, targets):
     return *times, np.asarray(scores)
 
 
-def run_peer(python, name, context, x, targets, n):
+def run_peer(python, name, context, x, targets, n, dtype="float32"):
     """(seconds, scores) of a torch package on the first n training samples."""
     arrays = {"n": n, "y": context.labels, "yq": targets}
     arrays |= {key: np.asarray(a).transpose(0, 3, 1, 2) for key, a in (("x", context.inputs), ("xq", x))}
@@ -127,13 +130,15 @@ def run_peer(python, name, context, x, targets, n):
     with tempfile.TemporaryDirectory() as folder:
         given, out = (os.path.join(folder, f) for f in ("given.npz", "out.npz"))
         np.savez(given, **arrays)
-        subprocess.run([python, "-W", "ignore", "-c", PEER, given, name, out], check=True, stderr=subprocess.DEVNULL)
+        subprocess.run(
+            [python, "-W", "ignore", "-c", PEER, given, name, out, dtype], check=True, stderr=subprocess.DEVNULL
+        )
         result = np.load(out)
         return float(result["seconds"]), result["scores"]
 
 
 def cosines(a, b):
-    """(median, least) over queries; where the network is nearly certain, torch's float32 gradients are noise."""
+    """(median, least) over queries."""
     values = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     return float(np.median(values)), float(values.min())
 
@@ -165,6 +170,22 @@ def write(given, rows):
     given.out.write_text(json.dumps({"machine": machine, "options": options, "rows": rows}, indent=1) + "\n")
 
 
+def compare_precisions(given, context, x, targets):
+    """Cosines of rows of scores, ours in float32 against the peers' in both precisions."""
+    n, x, targets = given.double, x[:40], targets[:40]
+    few = baselines.context(context.logits, context.params, context.inputs[:n], context.labels[:n], num_classes=10)
+    rows = []
+    for peer in ("graddot/dattri", "gradcos/dattri", "graddot/captum"):
+        name, package = peer.split("/")
+        *_, ours = run_ours(METHODS[name](), few, x, targets)
+        theirs = {d: run_peer(given.peers, peer, context, x, targets, n, d)[1] for d in ("float32", "float64")}
+        row = {"method": name, "peer": package, "train": n, "queries": len(x)}
+        row["least_cosine_ours_to_their_float64"] = cosines(ours, theirs["float64"])[1]
+        row["least_cosine_their_float32_to_their_float64"] = cosines(theirs["float32"], theirs["float64"])[1]
+        rows.append(row)
+        write(given, rows)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
@@ -173,9 +194,12 @@ def main():
     parser.add_argument("--train", type=int, default=5000)
     parser.add_argument("--queries", type=int, default=100)
     parser.add_argument("--peer-train", type=int, help="training samples that peers get; by default all")
+    parser.add_argument("--double", type=int, help="compare precisions on so many training samples, and time nothing")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("benchmarks/results/baselines.json"))
     given = parser.parse_args()
     context, x, targets = problem(given.data, given.train, given.queries, 0)
+    if given.double:
+        return compare_precisions(given, context, x, targets)
     rows, scores = [], {}
     for name, method in METHODS.items():
         first, seconds, scores[name] = run_ours(method(), context, x, targets)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dualxda_jax import _check
+from dualxda_jax.baselines.placement import automatic
 from dualxda_jax.types import Array, FeatureFn, Params
 
 Logits = Callable[[Params, Array], Array]
@@ -139,7 +140,8 @@ class Stages:
 class Method:
     """An attribution method; what `baselines.<name>(...)` returns.
 
-    In all of them a higher score means that the sample speaks for the target.
+    In all of them a higher score means that the sample speaks for the target. Training inputs and labels may be sharded
+    over a mesh, with Auto or Explicit axes; what comes of them lies over Auto axes.
 
     Attributes:
         name: short, unique among the methods, as "trak".
@@ -154,6 +156,10 @@ class Method:
     scores: Callable[[Any, Array, Array], Array]
     self_influence: Callable[[Any], Array]
     stages: Stages | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("fit", "scores", "self_influence"):
+            object.__setattr__(self, name, automatic(getattr(self, name)))
 
 
 def staged(name: str, stages: Stages, scores: Any, self_influence: Any) -> Method:

@@ -34,9 +34,9 @@ class Fitted:
 
     Attributes:
         context: what was learnt from.
-        points: [n, d] features.
+        points: [n, d] features, or [n, d + 1] with the constant one at the end.
         coefficients: [n, k] α.
-        weights: [k, d] of the refitted head.
+        weights: [k, d] of the refitted head, or [k, d + 1].
         residual: scalar, ‖W − Σ_i α_i ⊗ φ_i‖ / ‖W‖; 0 where the refit is stationary.
     """
 
@@ -48,36 +48,61 @@ class Fitted:
 
 
 def representer(
-    regularization: float = 0.003, *, targets: str = "predictions", tolerance: float = 1e-6, chunk: int = 256
+    regularization: float = 0.003,
+    *,
+    targets: str = "predictions",
+    intercept_scaling: float = 0.0,
+    tolerance: float = 1e-6,
+    chunk: int = 256,
 ) -> Method:
     """Score α_ic ⟨φ_i, φ(x)⟩ with α_ic = (p_ic − y_ic) / (−2λn), c the target: parts of the refitted head's logit.
 
-    The head W (without bias) is refitted on the features to minimise (1/n) Σ_i CE(softmax(W φ_i), y_i) + λ‖W‖², and p
-    are its probabilities. At the minimum W = Σ_i α_i ⊗ φ_i, so that a query's scores sum over the samples to the
-    refit's logit; `residual` of the fit says how nearly. Self-influence is α_{i,label} ‖φ_i‖². Computed in float64.
+    The head W (without bias, unless `intercept_scaling` gives it one) is refitted on the features to minimise
+    (1/n) Σ_i CE(softmax(W φ_i), y_i) + λ‖W‖², and p are its probabilities. At the minimum W = Σ_i α_i ⊗ φ_i, so that a
+    query's scores sum over the samples to the refit's logit; `residual` of the fit says how nearly. Self-influence is
+    α_{i,label} ‖φ_i‖². Computed in float64.
 
     Args:
         regularization: λ.
         targets: y: "predictions", the network's own probabilities, or "labels".
+        intercept_scaling: b, a constant feature that is appended to all, so that the score is α_ic (⟨φ_i, φ(x)⟩ + b²);
+            the bias is regularised as the rest is. 0 for none, as in the paper.
         tolerance: the residual ‖W − Σ_i α_i ⊗ φ_i‖ / ‖W‖ to reach; a refit that does not is returned with a warning.
         chunk: samples that the network sees at once.
 
     Raises:
-        ValueError: λ or the tolerance not positive, unknown targets; in `fit`, a context without features.
+        ValueError: λ or the tolerance not positive, an intercept scaling below 0, unknown targets; in `fit`, a context
+            without features.
 
     Source: Yeh et al. 2018, "Representer point selection for explaining deep neural networks", Theorem 3.1.
     """
     for name, value in {"regularization": regularization, "tolerance": tolerance}.items():
         if not (math.isfinite(value) and value > 0):
             _check.fail(name, value, "positive and finite")
+    if not (math.isfinite(intercept_scaling) and intercept_scaling >= 0):
+        _check.fail("intercept_scaling", intercept_scaling, "finite and 0 or more")
     if targets not in TARGETS:
         _check.fail("targets", repr(targets), f"one of {', '.join(TARGETS)}")
-    fit = functools.partial(_fit, regularization, targets, tolerance, chunk)
-    return Method("representer", fit, functools.partial(_scores, chunk), _self_influence)
+    fit = functools.partial(_fit, regularization, targets, intercept_scaling, tolerance, chunk)
+    return Method("representer", fit, functools.partial(_scores, intercept_scaling, chunk), _self_influence)
 
 
-def _fit(regularization: float, targets: str, tolerance: float, chunk: int, key: Array, context: Context) -> Fitted:
-    points = features(context, context.inputs, chunk)
+def _points(intercept_scaling: float, chunk: int, context: Context, x: Array) -> Array:
+    """Features [b, d], with the constant one at the end if there is one."""
+    points = features(context, x, chunk)
+    return jnp.pad(points, ((0, 0), (0, 1)), constant_values=intercept_scaling) if intercept_scaling else points
+
+
+def _fit(
+    regularization: float,
+    targets: str,
+    intercept_scaling: float,
+    tolerance: float,
+    chunk: int,
+    key: Array,
+    context: Context,
+) -> Fitted:
+    points = _points(intercept_scaling, chunk, context, context.inputs)
     check_finite("features", points)
     wanted = _targets(targets, chunk, context)
     with jax.enable_x64(True):
@@ -160,9 +185,9 @@ def _product(left: Array, right: Array) -> Array:
     return jnp.matmul(left, right, precision=_HIGHEST)
 
 
-def _scores(chunk: int, fitted: Fitted, x: Array, targets: Array) -> Array:
+def _scores(intercept_scaling: float, chunk: int, fitted: Fitted, x: Array, targets: Array) -> Array:
     targets = check_queries(fitted.context, x, targets)
-    query = features(fitted.context, jnp.asarray(x), chunk)
+    query = _points(intercept_scaling, chunk, fitted.context, jnp.asarray(x))
     return _weighted(fitted.coefficients, fitted.points, query, targets)
 
 

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from dualxda_jax import _check, checkpoint
+from dualxda_jax.baselines.placement import automatic
 from dualxda_jax.baselines.protocol import Context, Method
 from dualxda_jax.baselines.rows import Outer
 from dualxda_jax.types import Array, Progress, TopK
 
 
+@automatic
 def fit_resumable(
     method: Method, key: Array, context: Context, folder: str | os.PathLike, *, progress: Progress | None = None
 ) -> Any:

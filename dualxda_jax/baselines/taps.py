@@ -7,15 +7,18 @@ to that product's result: the derivative with respect to the zero is the one fac
 
 The kernel of a convolution that is used once is found in the same way; its gradient is a product of patches and
 derivatives for each sample. vmap would make a grouped convolution of it, which is no faster, and which XLA gets wrong
-where the samples are sharded (jaxlib 0.10.2, CPU).
+where the samples are sharded (jaxlib 0.10.2, CPU). For that reason all other convolutions, whose kernels are used
+twice, are cast or scaled before, or lie in a loop or a branch, are run with such a derivative too.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -80,10 +83,11 @@ def evaluate(
     """
     vectors: dict[str, Array] = {}
 
-    def visit(name: str, equation: Any, operands: Sequence[Any]) -> tuple[Any, ...]:
+    def visit(inside: Sequence[str], equation: Any, operands: Sequence[Any]) -> tuple[Any, ...]:
+        name = next((name for name in inside if name in taps), None)
+        if name is None:
+            return _bind(equation, operands)
         results = _compat.bind(equation, operands)
-        if name not in taps:
-            return results
         met = operands[1 - taps[name].operand]
         vectors[name] = met.reshape(-1) if taps[name].convolution is None else met
         return (results[0] + probes[name],)
@@ -105,18 +109,40 @@ def gradient(tap: Tap, met: Array, ends: Array) -> Array | Outer:
     if tap.convolution is None:
         pair = (met, ends.reshape(ends.shape[0], -1))
         return Outer(*(pair if tap.contracted == 0 else pair[::-1]))
-    inputs_spec, kernel_spec, out_spec = tap.convolution["dimension_numbers"]
-    # Every sample is a batch of one: [b, 1, ...] -> [b, channels, positions...].
+    return _kernel_gradient(tap.convolution, met, ends)
+
+
+def _kernel_gradient(parameters: Mapping[str, Any], inputs: Array, ends: Array) -> Array:
+    """[b, *shape of the kernel] from inputs and derivatives of the results of b convolutions."""
+    inputs_spec, kernel_spec, out_spec = parameters["dimension_numbers"]
+    # [b, batch of the convolution, channels, positions...].
     inputs, ends = (
-        jnp.take(a.transpose(0, *(1 + axis for axis in spec)), 0, axis=1)
-        for a, spec in ((met, inputs_spec), (ends, out_spec))
+        a.transpose(0, *(1 + axis for axis in spec)) for a, spec in ((inputs, inputs_spec), (ends, out_spec))
     )
-    kernel = tap.convolution["kernel"]
-    sizes = [kernel[axis] for axis in kernel_spec]
-    patches = _patches(inputs, sizes[2:], ends.shape[2:], tap.convolution)
-    flat = (ends.reshape(*ends.shape[:2], -1), patches.reshape(patches.shape[0], math.prod(sizes[1:]), -1))
-    found = jnp.einsum("bop,bip->boi", *flat, precision=lax.Precision.HIGHEST)
+    sizes, groups = [parameters["kernel"][axis] for axis in kernel_spec], parameters["feature_group_count"]
+    patches = _patches(inputs.reshape(-1, *inputs.shape[2:]), sizes[2:], ends.shape[3:], parameters)
+    # [b, batch, groups, what meets the group's kernels, positions] and [b, batch, groups, its outputs, positions].
+    patches = patches.reshape(*inputs.shape[:2], groups, math.prod(sizes[1:]), -1).astype(ends.dtype)
+    ends = ends.reshape(*ends.shape[:2], groups, sizes[0] // groups, -1)
+    found = jnp.einsum("bngop,bngip->bgoi", ends, patches, precision=lax.Precision.HIGHEST)
     return found.reshape(-1, *sizes).transpose(0, *(1 + kernel_spec.index(axis) for axis in range(len(sizes))))
+
+
+def _convolve(equation: Any, inputs: Array, kernel: Array) -> Array:
+    """The convolution of an equation, the derivative by the kernel taken as that of a tapped one."""
+    parameters = {**equation.params, "kernel": kernel.shape}
+
+    @jax.custom_vjp
+    def run(inputs: Array, kernel: Array) -> Array:
+        return _compat.bind(equation, (inputs, kernel))[0]
+
+    def backward(kept: tuple[Array, Array], ends: Array) -> tuple[Array, Array]:
+        inputs, kernel = kept
+        (of_inputs,) = jax.vjp(lambda inputs: _compat.bind(equation, (inputs, kernel))[0], inputs)[1](ends)
+        return of_inputs, _kernel_gradient(parameters, inputs[None], ends[None])[0].astype(kernel.dtype)
+
+    run.defvjp(lambda inputs, kernel: (run(inputs, kernel), (inputs, kernel)), backward)
+    return run(inputs, kernel)
 
 
 def _patches(inputs: Array, sizes: Sequence[int], positions: Sequence[int], parameters: Mapping[str, Any]) -> Array:
@@ -143,7 +169,8 @@ def _uses(jaxpr: Any, names: Sequence[str | None]) -> Iterator[tuple[str, Tap | 
         if equation.primitive.name in _OPENED:
             yield from _uses(_compat.inner_jaxpr(equation)[0], inside)  # type: ignore[index]
         else:
-            yield from ((name, _tap(equation, place)) for place, name in enumerate(inside) if name)
+            alone = sum(name is not None for name in inside) == 1
+            yield from ((name, _tap(equation, place) if alone else None) for place, name in enumerate(inside) if name)
     yield from ((name, None) for name in (_name(marked, v) for v in jaxpr.outvars) if name)
 
 
@@ -163,12 +190,10 @@ def _tap(equation: Any, operand: int) -> Tap | None:
 
 def _convolution_tap(equation: Any, operand: int) -> Tap | None:
     parameters = equation.params
-    inputs, kernel = (v.aval for v in equation.invars)
-    grouped = parameters["feature_group_count"] * parameters["batch_group_count"] != 1
-    if operand != 1 or grouped or inputs.shape[parameters["dimension_numbers"].lhs_spec[0]] != 1:
+    if operand != 1 or parameters["batch_group_count"] != 1:
         return None
     out = equation.outvars[0].aval
-    return Tap(operand, 0, out.shape, out.dtype, {**parameters, "kernel": kernel.shape})
+    return Tap(operand, 0, out.shape, out.dtype, {**parameters, "kernel": equation.invars[1].aval.shape})
 
 
 def _name(marked: Mapping[Any, str], value: Any) -> str | None:
@@ -188,12 +213,34 @@ def _run(
     for equation in jaxpr.eqns:
         operands = [read(v) for v in equation.invars]
         inside = [_name(marked, v) for v in equation.invars]
-        if any(inside) and equation.primitive.name in _OPENED:
+        opened = equation.primitive.name in _OPENED
+        if opened and (any(inside) or _convolves(equation)):
             inner, constants = _compat.inner_jaxpr(equation)  # type: ignore[misc]
             results: Sequence[Any] = _run(inner, constants, operands, inside, visit)
-        elif any(inside):
-            results = visit(next(name for name in inside if name), equation, operands)
+        elif _convolves(equation) and _compat.bodies(equation):
+            functions = [functools.partial(_run_body, body) for body in _compat.bodies(equation)]
+            results = _compat.rebind_bodies(equation, functions, operands)
         else:
-            results = _compat.bind(equation, operands)
+            results = visit([name for name in inside if name], equation, operands)
         env.update(zip(equation.outvars, results, strict=True))
     return [read(v) for v in jaxpr.outvars]
+
+
+def _run_body(closed: Any, *values: Any) -> list[Any]:
+    """What a loop's body or a branch computes; no parameter is looked for in it."""
+    names = [None] * len(values)
+    return _run(closed.jaxpr, closed.consts, values, names, lambda inside, equation, v: _bind(equation, v))
+
+
+def _bind(equation: Any, operands: Sequence[Any]) -> tuple[Any, ...]:
+    if equation.primitive.name == "conv_general_dilated" and equation.params["batch_group_count"] == 1:
+        return (_convolve(equation, *operands),)
+    return _compat.bind(equation, operands)
+
+
+def _convolves(equation: Any) -> bool:
+    """Whether there is a convolution in a call, a loop or a branch."""
+    name = equation.primitive.name
+    inner = _compat.inner_jaxpr(equation) if name in _OPENED else None
+    within = [inner[0]] if inner is not None else [b.jaxpr for b in _compat.bodies(equation) if name != "shard_map"]
+    return any(e.primitive.name == "conv_general_dilated" or _convolves(e) for jaxpr in within for e in jaxpr.eqns)

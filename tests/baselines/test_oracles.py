@@ -160,18 +160,20 @@ def test_trak_with_a_projection_is_the_formula_on_projected_gradients(regression
     np.testing.assert_allclose(scores, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
-def test_representer_is_the_stationary_point_that_scikit_learn_finds(regression):
+@pytest.mark.parametrize("intercept", [0.0, 2.0])
+def test_representer_is_the_stationary_point_that_scikit_learn_finds(regression, intercept):
     context, x, targets = regression
-    method = baselines.representer(0.02, targets="labels")
+    method = baselines.representer(0.02, targets="labels", intercept_scaling=intercept)
     fitted = method.fit(jax.random.key(0), context)
     peer = LogisticRegression(C=1 / (2 * 0.02 * N), fit_intercept=False, tol=1e-10, max_iter=1000)
-    peer.fit(np.asarray(context.inputs, np.float64), np.asarray(context.labels))
+    extended = lambda x: np.pad(x, ((0, 0), (0, intercept > 0)), constant_values=intercept)  # noqa: E731
+    peer.fit(extended(np.asarray(context.inputs, np.float64)), np.asarray(context.labels))
     np.testing.assert_allclose(fitted.weights, peer.coef_ - peer.coef_.mean(0), rtol=1e-4, atol=1e-6)
     sums = np.asarray(fitted.coefficients, np.float64).T @ np.asarray(fitted.points, np.float64)
     np.testing.assert_allclose(sums, fitted.weights, rtol=1e-4, atol=1e-6)
     assert float(fitted.residual) <= 1e-6
     scores = np.asarray(method.scores(fitted, x, targets))
-    expected = (np.asarray(x) @ np.asarray(fitted.weights).T)[np.arange(Q), np.asarray(targets)]
+    expected = (extended(np.asarray(x)) @ np.asarray(fitted.weights).T)[np.arange(Q), np.asarray(targets)]
     np.testing.assert_allclose(scores.sum(1), expected, rtol=1e-3, atol=1e-5)
     # With labels as targets, a sample's coefficient for its own label is positive, for others negative.
     own = np.asarray(context.labels)[:, None] == np.arange(K)

@@ -97,6 +97,24 @@ def test_scores_are_the_same_under_jit_and_one_by_one(case, tiny):
     np.testing.assert_allclose(one, scores[2:3], **tolerance)
 
 
+def shapes(jaxpr):
+    """Shapes of everything that a traced function computes, loops and calls included."""
+    for equation in jaxpr.eqns:
+        yield from (v.aval.shape for v in equation.outvars if hasattr(v.aval, "shape"))
+        for parameter in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "eqns")):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from shapes(inner)
+
+
+def test_self_influence_is_computed_without_all_pairs(case, tiny):
+    method, fitted, _ = case
+    n = tiny[0].labels.shape[0]
+    # No other size of this problem is n, or reaches it twice in one array.
+    found = list(shapes(jax.make_jaxpr(method.self_influence)(fitted).jaxpr))
+    assert found and not [s for s in found if sum(size >= n for size in s) > 1 and s.count(n) > 1]
+
+
 def test_the_same_key_gives_the_same_fit(case, tiny):
     context, queries, targets = tiny
     method, _, scores = case

@@ -161,6 +161,23 @@ def test_bad_input_is_one_clear_line(tiny):
         baselines.similarity(measure="l1")
 
 
+@pytest.mark.parametrize("name", ["graddot", "gradcos", "tracin", "trak"])
+def test_gradients_in_bfloat16(name, tiny):
+    context, queries, targets = tiny
+    options = {"regularization": 1e-2} if name == "trak" else {}
+    found = []
+    for dtype in (None, "bfloat16"):
+        method = baselines.METHODS[name](dtype=dtype, **options)
+        fit = method.fit(jax.random.key(0), context)
+        found.append(np.asarray(method.scores(fit, queries, targets)))
+        if name != "trak" and dtype is not None:
+            assert {a.dtype for part in fit.parts for a in jax.tree.leaves(part["rows"])} == {jnp.dtype(jnp.bfloat16)}
+    assert found[1].dtype == np.float32 and (found[0] != found[1]).any()
+    # Eight bits of mantissa in each of two factors; TRAK's inverse enlarges them.
+    cosine = (found[0] * found[1]).sum(1) / np.linalg.norm(found[0], axis=1) / np.linalg.norm(found[1], axis=1)
+    assert cosine.min() > 0.999
+
+
 @pytest.mark.parametrize("name", ["graddot", "trak", "representer"])
 def test_a_sample_that_is_not_finite_is_named(name, tiny):
     context, *_ = tiny

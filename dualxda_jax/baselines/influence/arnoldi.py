@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,6 @@ class Config(hvp.Config):
     rank: int
     krylov: int
     samples: int
-    tolerance: float
-    inverse_tolerance: float
 
 
 @jax.tree_util.register_dataclass
@@ -96,8 +94,8 @@ def influence_arnoldi(
             checks.positive_integer(name, number)
     if rank is not None and rank > (krylov or _KRYLOV):
         _check.fail("rank", rank, f"at most krylov={krylov or _KRYLOV}")
-    # The regularisation shifts eigenvalues and leaves the iteration as it is.
-    config = Config(params, hessian, 0.0, chunk, 1, 0, 0, samples, tolerance, inverse_tolerance)
+    config = Config(params, hessian, chunk, 1, 0, 0, samples)
+    numbers = {"tolerance": tolerance, "regularization": regularization, "inverse_tolerance": inverse_tolerance}
 
     def fit(key: Array, context: Context) -> Fitted:
         p = hvp.size(context, config)
@@ -106,7 +104,8 @@ def influence_arnoldi(
                 _check.fail(name, number, f"at most {p}, the number of parameters")
         steps = krylov or min(_KRYLOV, p)
         sized = dataclasses.replace(config, krylov=steps, rank=rank or min(_RANK, steps))
-        fitted = _fit(sized, regularization, key, context)
+        fitted = _fit(sized, numbers, key, context)
+        checks.finite_training(context, config, fitted.training, fitted.inverses)
         if not _check.is_traced(fitted.inverses) and not bool((fitted.inverses > 0).any()):
             _check.fail(
                 "inverse_tolerance", inverse_tolerance, "below the largest eigenvalue of the Hessian, regularised"
@@ -129,7 +128,7 @@ class _State(NamedTuple):
 
 
 def iterate(
-    product: Callable[[Array], Array], start: Array, *, krylov: int, tolerance: float
+    product: Callable[[Array], Array], start: Array, *, krylov: int, tolerance: Any
 ) -> tuple[Array, Array, Array]:
     """Arnoldi's iteration for a symmetric matrix.
 
@@ -172,8 +171,8 @@ def iterate(
     return jnp.where(known[:, None], last.basis[:krylov], 0.0), projected, last.known
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _fit(config: Config, regularization: float, key: Array, context: Context) -> Fitted:
+@functools.partial(jax.jit, static_argnums=0)
+def _fit(config: Config, numbers: dict[str, Array], key: Array, context: Context) -> Fitted:
     n = context.inputs.shape[0]
     draw, begin = jax.random.split(key)
     samples = context.inputs, context.labels
@@ -182,19 +181,20 @@ def _fit(config: Config, regularization: float, key: Array, context: Context) ->
         samples = context.inputs[chosen], context.labels[chosen]
     start = jax.random.normal(begin, (hvp.size(context, config),), hvp.dtype(context))
     basis, projected, count = iterate(
-        lambda v: hvp.product(context, config, v[None], samples)[0],
+        # The regularisation shifts eigenvalues and leaves the iteration as it is.
+        lambda v: hvp.product(context, config, 0.0, v[None], samples)[0],
         start,
         krylov=config.krylov,
-        tolerance=config.tolerance,
+        tolerance=numbers["tolerance"],
     )
     # Rows after the last get an eigenvalue below all others, so that no eigenvector mixes them with real ones.
     floor = 1.0 + 2.0 * jnp.linalg.norm(projected)
     unused = jnp.arange(config.krylov, dtype=jnp.int32) >= count
     values, within = jnp.linalg.eigh(projected - jnp.diag(jnp.where(unused, floor, 0.0)))
     real = values > -floor / 2
-    shifted = values + regularization
+    shifted = values + numbers["regularization"]
     order = jnp.argsort(values, descending=True)[: config.rank]
-    kept = (real & (shifted > config.inverse_tolerance))[order]
+    kept = (real & (shifted > numbers["inverse_tolerance"]))[order]
     vectors = jnp.matmul(within[:, order].T, basis, precision=_HIGHEST)
     vectors = jnp.where(kept[:, None], vectors, 0.0)
     inverses = jnp.where(kept, 1.0 / jnp.where(kept, shifted[order], 1.0), 0.0)

@@ -1,7 +1,6 @@
 """Influence functions by conjugate gradients: one linear solve for every query."""
 
 import dataclasses
-import functools
 import warnings
 from typing import NamedTuple
 
@@ -9,9 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from dualxda_jax import _check
-from dualxda_jax.baselines.gradients import map_chunks
-from dualxda_jax.baselines.influence import checks, hvp
-from dualxda_jax.baselines.protocol import Context, Method, check_queries
+from dualxda_jax.baselines.influence import checks, hvp, solved
+from dualxda_jax.baselines.protocol import Method
 from dualxda_jax.baselines.select import Filter
 from dualxda_jax.types import Array
 
@@ -24,20 +22,7 @@ class NotConvergedWarning(UserWarning):
 class Config(hvp.Config):
     """Options of conjugate gradients, see `influence_cg`."""
 
-    tolerance: float
     max_iterations: int
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Fitted:
-    """What `fit` gives.
-
-    Attributes:
-        context: the network and its training set.
-    """
-
-    context: Context
 
 
 def influence_cg(
@@ -79,24 +64,9 @@ def influence_cg(
     checks.positive("tolerance", tolerance)
     for name, value in (("max_iterations", max_iterations), ("chunk", chunk), ("vectors", vectors)):
         checks.positive_integer(name, value)
-    config = Config(params, hessian, damping, chunk, vectors, tolerance, max_iterations)
-
-    def fit(key: Array, context: Context) -> Fitted:
-        hvp.selected(context, config)
-        return Fitted(context)
-
-    def scores(fitted: Fitted, x: Array, targets: Array) -> Array:
-        targets = check_queries(fitted.context, x, targets)
-        result, status = _scores(config, fitted, jnp.asarray(x), targets)
-        _report(status)
-        return checks.finite_scores(result)
-
-    def self_influence(fitted: Fitted) -> Array:
-        result, status = _self_influence(config, fitted)
-        _report(status)
-        return checks.finite_samples(result)
-
-    return Method("influence_cg", fit, scores, self_influence)
+    config = Config(params, hessian, chunk, vectors, max_iterations)
+    numbers = {"damping": damping, "tolerance": tolerance}
+    return solved.method("influence_cg", config, numbers, solve, _report)
 
 
 class _State(NamedTuple):
@@ -108,24 +78,25 @@ class _State(NamedTuple):
     iteration: Array
 
 
-def solve(config: Config, context: Context, targets: Array) -> tuple[Array, Array]:
+def solve(config: Config, numbers: solved.Numbers, fitted: solved.Fitted, targets: Array) -> tuple[Array, Array]:
     """Solve (H + λ) s = g for all g at once.
 
     Args:
         config: options.
-        context: the network and its training set.
+        numbers: "damping" and "tolerance".
+        fitted: the network and its training set.
         targets: [m, p] right-hand sides g.
 
     Returns:
         [m, p] solutions and [m] how each ended: 0 out of iterations, 1 converged, 2 negative curvature.
     """
-    goal = config.tolerance**2 * _norms(targets)
+    goal = numbers["tolerance"] ** 2 * _norms(targets)
 
     def running(state: _State) -> Array:
         return (state.iteration < config.max_iterations) & (state.status == 0).any()
 
     def step(state: _State) -> _State:
-        product = hvp.product(context, config, state.direction)
+        product = hvp.product(fitted.context, config, numbers["damping"], state.direction)
         curvature = jnp.sum(state.direction * product, axis=1)
         positive = curvature > 0
         active = (state.status == 0) & positive
@@ -161,26 +132,3 @@ def _report(status: Array) -> None:
             NotConvergedWarning,
             stacklevel=3,
         )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _scores(config: Config, fitted: Fitted, x: Array, targets: Array) -> tuple[Array, Array]:
-    context = fitted.context
-
-    def some(x: Array, targets: Array) -> tuple[Array, Array]:
-        solution, status = solve(config, context, hvp.gradients(context, config, x, targets))
-        return hvp.against_training(context, config, solution), status
-
-    return map_chunks(some, (x, targets), config.vectors)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _self_influence(config: Config, fitted: Fitted) -> tuple[Array, Array]:
-    context = fitted.context
-
-    def some(x: Array, labels: Array) -> tuple[Array, Array]:
-        vectors = hvp.gradients(context, config, x, labels)
-        solution, status = solve(config, context, vectors)
-        return jnp.sum(vectors * solution, axis=1), status
-
-    return map_chunks(some, (context.inputs, context.labels), config.vectors)

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dualxda_jax import _check
+from dualxda_jax.baselines.influence import hvp
+from dualxda_jax.baselines.protocol import Context
 from dualxda_jax.types import Array
 
 
@@ -54,6 +56,17 @@ def finite_samples(values: Array) -> Array:
     if not _check.is_traced(values) and not bool(jnp.isfinite(values).all()):
         _fail("gradients of the training samples", np.flatnonzero(~np.isfinite(np.asarray(values))))
     return values
+
+
+def finite_training(context: Context, config: hvp.Config, *results: Array) -> None:
+    """If a result is not finite, name the training samples whose gradients are not, if that is why.
+
+    A curvature is a mean over all samples, and shows no more which of them made it NaN.
+    """
+    if any(_check.is_traced(result) for result in results):
+        return
+    if not all(bool(jnp.isfinite(result).all()) for result in results):
+        finite_samples(hvp.gradient_sums(context, config))
 
 
 def _fail(argument: str, places: np.ndarray) -> NoReturn:

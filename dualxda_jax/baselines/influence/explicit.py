@@ -64,13 +64,14 @@ def influence_explicit(
     checks.one_of("hessian", hessian, hvp.HESSIANS)
     checks.positive_integer("max_parameters", max_parameters)
     checks.positive_integer("chunk", chunk)
-    config = hvp.Config(params, hessian, damping, chunk, _COLUMNS)
+    config = hvp.Config(params, hessian, chunk, _COLUMNS)
 
     def fit(key: Array, context: Context) -> Fitted:
         p = hvp.size(context, config)
         if p > max_parameters:
             _check.fail("params", f"{p} parameters", f"at most max_parameters={max_parameters} of them")
-        inverse = _invert(config, context)
+        inverse = _invert(config, damping, context)
+        checks.finite_training(context, config, inverse)
         if not _check.is_traced(inverse) and not bool(jnp.isfinite(inverse).all()):
             _check.fail("context", "NaN or Inf in the Hessian", "finite inputs and parameters")
         return Fitted(context, inverse)
@@ -85,20 +86,20 @@ def influence_explicit(
     return Method("influence_explicit", fit, scores, self_influence)
 
 
-def _damped(config: hvp.Config, context: Context) -> Array:
+def _damped(config: hvp.Config, damping: Array, context: Context) -> Array:
     """H + λ, symmetric to the last bit."""
     p = hvp.size(context, config)
 
     def columns(places: Array) -> Array:
-        return hvp.product(context, config, jax.nn.one_hot(places, p, dtype=hvp.dtype(context)))
+        return hvp.product(context, config, damping, jax.nn.one_hot(places, p, dtype=hvp.dtype(context)))
 
     matrix = map_chunks(columns, (jnp.arange(p, dtype=jnp.int32),), _COLUMNS)
     return (matrix + matrix.T) / 2
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _invert(config: hvp.Config, context: Context) -> Array:
-    matrix = _damped(config, context)
+def _invert(config: hvp.Config, damping: Array, context: Context) -> Array:
+    matrix = _damped(config, damping, context)
     rounding = float(jnp.finfo(matrix.dtype).eps) * len(matrix)
     factor = jnp.linalg.cholesky(matrix)
     pivots = jnp.square(jnp.diagonal(factor))

@@ -7,6 +7,7 @@ negative where the loss is convex in the logits. Samples and vectors are both ta
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -32,14 +33,12 @@ class Config:
     Attributes:
         params: which parameters.
         hessian: "exact" or "ggn".
-        damping: λ, added to the diagonal.
         chunk: samples at a time.
         vectors: vectors that are multiplied at a time.
     """
 
     params: Filter
     hessian: str
-    damping: float
     chunk: int
     vectors: int
 
@@ -78,12 +77,19 @@ def as_vector(tree: Mapping[str, Array], batch: int = 0) -> Array:
     return jnp.concatenate(parts, axis=-1)
 
 
-def product(context: Context, config: Config, vectors: Array, samples: tuple[Array, Array] | None = None) -> Array:
+def product(
+    context: Context,
+    config: Config,
+    damping: Any,
+    vectors: Array,
+    samples: tuple[Array, Array] | None = None,
+) -> Array:
     """(H + λ) v for vectors [m, p].
 
     Args:
         context: the network and its training set.
         config: which curvature.
+        damping: λ, a number.
         vectors: [m, p].
         samples: inputs [b, ...] and labels [b] to take the mean over; by default the training set.
     """
@@ -96,11 +102,16 @@ def product(context: Context, config: Config, vectors: Array, samples: tuple[Arr
 
         def step(total: dict[str, Array], mask: Array, x: Array, labels: Array) -> dict[str, Array]:
             one = _exact if config.hessian == "exact" else _gauss_newton
-            more = jax.vmap(lambda v: one(context, selection, chosen, rest, v, mask, x, labels))(directions)
+            along = lambda v: one(context, selection, chosen, rest, v, mask, x, labels)  # noqa: E731
+            try:
+                more = jax.vmap(along)(directions)
+            except NotImplementedError:
+                # jax has no vmap over the kernel of a grouped convolution whose data lie on a mesh.
+                more = jax.lax.map(along, directions)
             return jax.tree.map(jnp.add, total, more)
 
         total = fold_chunks(step, jax.tree.map(jnp.zeros_like, directions), samples, config.chunk)
-        return as_vector(total, 1) / samples[1].shape[0] + config.damping * vectors
+        return as_vector(total, 1) / samples[1].shape[0] + damping * vectors
 
     with jax.default_matmul_precision("highest"):
         return map_chunks(some_vectors, (vectors,), config.vectors)
@@ -140,6 +151,18 @@ def gradients(context: Context, config: Config, x: Array, labels: Array) -> Arra
         return rows.flat(found)
 
     return map_chunks(some, (x, labels), config.chunk)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def gradient_sums(context: Context, config: Config) -> Array:
+    """[n] sum of the gradient of every training sample: not finite where the gradient is not."""
+
+    def some(x: Array, labels: Array) -> Array:
+        found = per_sample(context.logits, context.loss, selected(context, config), context.params, x, labels)
+        leaves = (leaf.astype(rows.accumulator(found)) for leaf in jax.tree.leaves(found))
+        return sum(leaf.reshape(leaf.shape[0], -1).sum(axis=1) for leaf in leaves)
+
+    return map_chunks(some, (context.inputs, context.labels), config.chunk)
 
 
 def along(context: Context, config: Config, vectors: Array, x: Array, labels: Array) -> Array:

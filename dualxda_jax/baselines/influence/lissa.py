@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dualxda_jax import _check
-from dualxda_jax.baselines.gradients import map_chunks
-from dualxda_jax.baselines.influence import checks, hvp
-from dualxda_jax.baselines.protocol import Context, Method, check_queries
+from dualxda_jax.baselines.influence import checks, hvp, solved
+from dualxda_jax.baselines.protocol import Method
 from dualxda_jax.baselines.select import Filter
 from dualxda_jax.types import Array
 
@@ -19,24 +18,9 @@ from dualxda_jax.types import Array
 class Config(hvp.Config):
     """Options of LiSSA, see `influence_lissa`."""
 
-    scale: float
     repeats: int
     depth: int
     batch: int
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Fitted:
-    """What `fit` gives.
-
-    Attributes:
-        context: the network and its training set.
-        key: for the draws of batches.
-    """
-
-    context: Context
-    key: Array
 
 
 def influence_lissa(
@@ -85,54 +69,40 @@ def influence_lissa(
     numbers = {"repeats": repeats, "depth": depth, "batch": batch, "chunk": chunk, "vectors": vectors}
     for name, value in numbers.items():
         checks.positive_integer(name, value)
-    config = Config(params, hessian, damping, chunk, vectors, scale, repeats, depth, batch)
-
-    def fit(key: Array, context: Context) -> Fitted:
-        hvp.selected(context, config)
-        return Fitted(context, key)
-
-    def scores(fitted: Fitted, x: Array, targets: Array) -> Array:
-        targets = check_queries(fitted.context, x, targets)
-        result, growth = _scores(config, fitted, jnp.asarray(x), targets)
-        _report(config, growth)
-        return checks.finite_scores(result)
-
-    def self_influence(fitted: Fitted) -> Array:
-        result, growth = _self_influence(config, fitted)
-        _report(config, growth)
-        return checks.finite_samples(result)
-
-    return Method("influence_lissa", fit, scores, self_influence)
+    config = Config(params, hessian, chunk, vectors, repeats, depth, batch)
+    report = functools.partial(_report, scale, damping)
+    return solved.method("influence_lissa", config, {"damping": damping, "scale": scale}, series, report)
 
 
-def series(config: Config, context: Context, key: Array, targets: Array) -> tuple[Array, Array]:
+def series(config: Config, numbers: solved.Numbers, fitted: solved.Fitted, targets: Array) -> tuple[Array, Array]:
     """Estimate (H + λ)⁻¹ g for all g at once.
 
     Args:
         config: options.
-        context: the network and its training set.
-        key: for the draws.
+        numbers: "damping" and "scale".
+        fitted: the network, its training set and the key for the draws.
         targets: [m, p] vectors g.
 
     Returns:
         [m, p] estimates, NaN where the series diverged, and [m] the largest ‖s‖ / ((depth + 1) ‖g‖) of any run: above 1
         some step was no contraction, since none lets ‖s‖ grow by more than ‖g‖.
     """
+    context, damping, scale = fitted.context, numbers["damping"], numbers["scale"]
     n = context.inputs.shape[0]
 
     def run(key: Array) -> tuple[Array, Array]:
         def step(number: Array, current: Array) -> Array:
             drawn = jax.random.randint(jax.random.fold_in(key, number), (config.batch,), 0, n, dtype=jnp.int32)
             samples = context.inputs[drawn], context.labels[drawn]
-            return targets + current - hvp.product(context, config, current, samples) / config.scale
+            return targets + current - hvp.product(context, config, damping, current, samples) / scale
 
         last = jax.lax.fori_loop(0, config.depth, step, targets)
         size, start = jnp.linalg.norm(last, axis=1), jnp.linalg.norm(targets, axis=1)
         growth = jnp.where(start > 0, size / jnp.where(start > 0, start, 1.0), 0.0) / (config.depth + 1)
-        return last / config.scale, growth
+        return last / scale, growth
 
     def add(total: tuple[Array, Array], number: Array) -> tuple[tuple[Array, Array], None]:
-        estimate, growth = run(jax.random.fold_in(key, number))
+        estimate, growth = run(jax.random.fold_in(fitted.key, number))
         # A NaN has to survive the maximum, which jnp.maximum lets it.
         return (total[0] + estimate, jnp.maximum(total[1], growth)), None
 
@@ -146,34 +116,11 @@ def diverged(growth: Array) -> Array:
     return ~(growth <= 1.0 + 1e-3)
 
 
-def _report(config: Config, growth: Array) -> None:
+def _report(scale: float, damping: float, growth: Array) -> None:
     if _check.is_traced(growth):
         return
     bad = np.flatnonzero(np.asarray(diverged(growth)))
     if bad.size:
-        was = f"{config.scale} at damping {config.damping}, with which {bad.size} of {growth.shape[0]} series diverged"
+        was = f"{scale} at damping {damping}, with which {bad.size} of {growth.shape[0]} series diverged"
         must = "above half the largest eigenvalue of H_batch + damping, which must be positive definite"
         _check.fail("scale", was, must)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _scores(config: Config, fitted: Fitted, x: Array, targets: Array) -> tuple[Array, Array]:
-    context = fitted.context
-
-    def some(x: Array, targets: Array) -> tuple[Array, Array]:
-        estimate, growth = series(config, context, fitted.key, hvp.gradients(context, config, x, targets))
-        return hvp.against_training(context, config, estimate), growth
-
-    return map_chunks(some, (x, targets), config.vectors)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _self_influence(config: Config, fitted: Fitted) -> tuple[Array, Array]:
-    context = fitted.context
-
-    def some(x: Array, labels: Array) -> tuple[Array, Array]:
-        vectors = hvp.gradients(context, config, x, labels)
-        estimate, growth = series(config, context, fitted.key, vectors)
-        return jnp.sum(vectors * estimate, axis=1), growth
-
-    return map_chunks(some, (context.inputs, context.labels), config.vectors)

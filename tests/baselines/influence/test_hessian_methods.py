@@ -10,7 +10,7 @@ import pytest
 
 from dualxda_jax import baselines
 from dualxda_jax.baselines import influence
-from dualxda_jax.baselines.influence import arnoldi, hvp, lissa
+from dualxda_jax.baselines.influence import arnoldi, explicit, hvp, lissa, solved
 
 KEY = jax.random.key(0)
 DAMPING = 0.02
@@ -170,8 +170,8 @@ def test_products_of_a_network_with_the_hessian(x64):
 
     expected = matrices(at)
     for name, matrix in expected.items():
-        config = hvp.Config("all", name, 0.3, 4, 2)
-        got = jax.jit(hvp.product, static_argnums=1)(context, config, vectors)
+        config = hvp.Config("all", name, 4, 2)
+        got = jax.jit(hvp.product, static_argnums=1)(context, config, 0.3, vectors)
         np.testing.assert_allclose(got, vectors @ matrix + 0.3 * vectors, rtol=1e-9, atol=1e-12)
 
 
@@ -194,6 +194,25 @@ def test_arnoldi_iteration_ends_at_an_invariant_subspace():
     np.testing.assert_allclose(np.linalg.eigvalsh(projected[:3, :3]), [1.0, 2.0, 3.0], atol=1e-5)
     assert not np.asarray(basis[3:]).any()
     assert not np.asarray(projected[3:]).any()
+
+
+def test_another_damping_compiles_nothing(logistic):
+    context, query, targets = logistic
+
+    def run_all(damping):
+        methods = [
+            baselines.influence_explicit(damping=damping),
+            # The solvers of CG and LiSSA are compiled into one and the same function.
+            baselines.influence_cg(damping=damping, tolerance=damping / 1e3),
+        ]
+        return [np.asarray(method.scores(method.fit(KEY, context), query, targets)) for method in methods]
+
+    first = run_all(0.02)
+    compiled = (explicit._invert, explicit._scores, solved._scores)
+    before = [function._cache_size() for function in compiled]
+    second = run_all(0.3)
+    assert [function._cache_size() for function in compiled] == before
+    assert all(relative_error(b, a) > 0.01 for a, b in zip(first, second, strict=True))
 
 
 def test_queries_do_not_meet_each_other_in_lissa(logistic):
@@ -222,9 +241,9 @@ def test_lissa_reports_divergence(logistic, scale):
 
 def test_lissa_growth_is_bounded_by_contractions(logistic):
     context, query, targets = logistic
-    config = lissa.Config("all", "exact", DAMPING, 64, 8, 2.0, 2, 50, 16)
+    config, numbers = lissa.Config("all", "exact", 64, 8, 2, 50, 16), {"damping": DAMPING, "scale": 2.0}
     vectors = hvp.gradients(context, config, query, targets)
-    _, growth = lissa.series(config, context, KEY, vectors.at[0].set(0.0))
+    _, growth = lissa.series(config, numbers, solved.Fitted(context, KEY), vectors.at[0].set(0.0))
     assert float(growth[0]) == 0.0
     assert (np.asarray(growth[1:]) < 1.0).all()
 
@@ -312,6 +331,16 @@ def test_bad_options(make, message):
 def test_what_does_not_fit_the_problem(method, message, logistic):
     with pytest.raises(ValueError, match=message):
         method.fit(KEY, logistic[0])
+
+
+@pytest.mark.parametrize("name", ["explicit", "cg", "lissa", "arnoldi"])
+def test_a_bad_sample_is_named_by_every_method(name, logistic):
+    context, query, targets = logistic
+    spoilt = dataclasses.replace(context, inputs=context.inputs.at[7, 1].set(jnp.nan))
+    # The curvature is a mean over all samples: one that is NaN makes all of it NaN.
+    method = baselines.METHODS[f"influence_{name}"](**{"depth": 3} if name == "lissa" else {})
+    with pytest.raises(ValueError, match=r"gradients of the training samples: got NaN or Inf at 1 \(first: 7\)"):
+        method.scores(method.fit(KEY, spoilt), query, targets)
 
 
 def test_a_bad_sample_and_a_bad_query_are_named(logistic):
