@@ -90,6 +90,11 @@ def sources(planned: Plan, inputs: Sequence[Array]) -> list[Array]:
     return [found[s] for s in graph.sources]
 
 
+def relevance(planned: Plan) -> frozenset[Value]:
+    """The values at which the cotangent is relevance, those inside of loops and branches included."""
+    return planned.relevance.union(*(relevance(p) for step in planned.steps for p in step.plans))
+
+
 def _run_step(
     planned: Plan, step: steps.Step, values: list[Any], watch: Watch | None, place: tuple[int, ...]
 ) -> tuple[Any, ...]:
@@ -102,9 +107,13 @@ def _run_step(
     arrives = bool(relevance.intersection(step.outputs))
     relevance_out = arrives and step.takes
     first_layer = step.block is not None and step.inputs[0] in relevance
-    hands_on = first_layer or (relevance_out and step.gives)
-    if not hands_on:
-        values = [steps.to_relevance(v) if a in relevance else v for v, a in zip(values, step.inputs, strict=True)]
+    starts = step.starts and bool(relevance.intersection(step.inputs))
+    hands_on = first_layer or (relevance_out and step.gives) or starts
+    pairs = list(zip(values, step.inputs, strict=True))
+    if hands_on:
+        values = [steps.from_relevance(v) if graph.is_live(a) and a not in relevance else v for v, a in pairs]
+    else:
+        values = [steps.to_relevance(v) if a in relevance else v for v, a in pairs]
     if watch is not None and step.watched is not None:
         outputs = step.watched(values, watch, place)
     else:

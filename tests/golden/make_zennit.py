@@ -2,7 +2,7 @@
 
 Run with an environment that has torch, torchvision and zennit 0.5.1:
 
-    python tests/golden/make_zennit.py [cnn] [resnet] [mixed]
+    python tests/golden/make_zennit.py [cnn] [resnet] [mixed] [unmerged]
 
 Weights are float32 values, everything is computed in float64. Images are channels first, as torch has them. Each map
 is the gradient that a composite leaves at the input when the seed arrives at the output.
@@ -161,9 +161,28 @@ def mixed(attempt):
     return model, x, seed, lambda: [NamedMergeBatchNorm([(["deep"], "deep_norm")])]
 
 
+def unmerged(attempt):
+    """BatchNorm between two activations, where nothing can merge it, and ReLU6, saturated at a third of its entries."""
+    torch.manual_seed(attempt)
+    nn = torch.nn
+    layers = [nn.Conv2d(3, 6, 3), nn.ReLU(), nn.BatchNorm2d(6, eps=1e-12), nn.ReLU6(), nn.Conv2d(6, 5, 3), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AvgPool2d(2), nn.Flatten(), nn.Linear(5, 4)).double()
+    norm = model[2]
+    norm.running_mean.uniform_(0.1, 0.9)
+    norm.running_var.uniform_(0.05, 0.5)
+    torch.nn.init.uniform_(norm.weight, 2.0, 4.0)
+    norm.weight.data[::2] *= -1
+    model = rounded(model, 1.0).eval()
+    norm.running_mean.copy_(norm.running_mean.float())
+    norm.running_var.copy_(norm.running_var.float())
+    x = torch.randn(2, 3, 6, 6).float().double()
+    seed = (torch.randn(2, 4) * model(x)).detach().float().double()
+    return model, x, seed, None
+
+
 def write(network):
     for attempt in range(100):
-        model, x, seed, canonizers = {"cnn": cnn, "resnet": resnet, "mixed": mixed}[network](attempt)
+        model, x, seed, canonizers = NETWORKS[network](attempt)
         if well_posed(model, x, seed, canonizers):
             break
     print(network, "from seed", attempt)
@@ -172,6 +191,8 @@ def write(network):
     np.savez_compressed(HERE / f"zennit_{network}.npz", **arrays, **maps(model, x, seed, canonizers))
 
 
+NETWORKS = {"cnn": cnn, "resnet": resnet, "mixed": mixed, "unmerged": unmerged}
+
 if __name__ == "__main__":
-    for network in sys.argv[1:] or ["cnn", "resnet", "mixed"]:
+    for network in sys.argv[1:] or NETWORKS:
         write(network)
