@@ -159,7 +159,8 @@ def one_seed(dataset, seed, options):
     images, marked = data.corruptions.shortcut_mark(images, labels, marking, target_class=options.target_class)
     images, marked = np.asarray(images), np.asarray(marked)
     module = models.SmallCNN(num_classes=int(labels.max()) + 1)
-    params = models.training.fit(training, module, images, labels).variables
+    config = models.training.config_for(len(images), epochs=options.epochs)
+    params = models.training.fit(training, module, images, labels, config=config).variables
     model = models.from_linen(module, head="head")
     phi = extract(model, params, images, labels)
     test, truth = dataset.test.images, np.asarray(dataset.test.labels)
@@ -189,6 +190,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--limit", type=int, default=None, help="training images to use; all of them if not given")
+    parser.add_argument("--epochs", type=int, default=None, help="passes over the training images")
     parser.add_argument("--costs", type=float, nargs="+", default=[1e-7, 1e-5])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--target-class", type=int, default=2)

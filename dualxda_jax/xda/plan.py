@@ -201,9 +201,10 @@ def _unary(graph: Graph, composite: Composite, equation: Equation, live: int, pl
     if name in _HOMOGENEOUS and not (name == "div" and live == 1):
         return steps.elementwise(equation, live, homogeneous=True, passes=True)
     if name in _SHIFTS:
-        # A shift by a statistic of the data (the maximum inside of a softmax) is no bias.
-        bias = graph.is_fixed(equation.inputs[1 - live])
-        return steps.elementwise(equation, live, homogeneous=not (composite.zero_bias and bias), passes=bias)
+        # A shift by a statistic of the data (the maximum inside of a softmax) is no bias; a bias that is kept takes its
+        # share, which is what c does by itself.
+        passes = composite.zero_bias and graph.is_fixed(equation.inputs[1 - live])
+        return steps.elementwise(equation, live, homogeneous=not passes, passes=passes)
     if name in _SMOOTH or name in ("max", "min", "clamp"):
         return steps.elementwise(equation, live, homogeneous=False, passes=not plain)
     return None

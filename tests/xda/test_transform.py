@@ -64,6 +64,37 @@ def test_zbox_by_hand():
     np.testing.assert_allclose(found, [[2.0, 3.0]], rtol=1e-6)
 
 
+@pytest.mark.parametrize(("bias", "share"), [("kept", 2 * 3 / (2 * 3 + 4)), ("zero", 1.0)])
+def test_a_scale_and_shift_that_nothing_merges_is_a_layer_of_its_own(bias, share):
+    """zennit passes everything through an unmerged BatchNorm even where biases are kept; here its shift takes a share."""
+    x, seed = jnp.asarray([[3.0, -1.0]]), jnp.asarray([[5.0, 0.0]])
+
+    def network(params, x):
+        y = jax.nn.relu(2.0 * jax.nn.relu(x) + params[None])
+        return y
+
+    composite = composites.epsilon(zero_bias=bias == "zero", **EXACT)
+    found = xda.relevance(network, jnp.asarray([4.0, 4.0]), x, seed, composite=composite)
+    np.testing.assert_allclose(found, [[5 * share, 0.0]], rtol=1e-6)
+
+
+def test_relevance_is_not_lost_where_only_a_shift_keeps_a_value_from_zero(two):
+    """Both ways of calling: relu(-3) = 0, and 0 + 2 is handed all the relevance of the output."""
+
+    def network(params, x):
+        hidden = jax.nn.relu(x @ params["w"])
+        return jnp.maximum(hidden + params["b"][None], 0.0) @ jnp.ones((2, 1))
+
+    params, x = {"w": -jnp.eye(2), "b": jnp.asarray([2.0, 2.0])}, jnp.asarray([[3.0, -1.0]])
+    composite = composites.epsilon(**EXACT)
+    found = xda.relevance(network, params, x, jnp.asarray([[5.0]]), composite=composite)
+    np.testing.assert_allclose(found, [[2.0, 3.0]], rtol=1e-6)  # 2 of the output's 5 come from 0 + 2, 3 from 1 + 2
+    transformed = xda.lrp(functools.partial(network, params), composite=composite)
+    np.testing.assert_allclose(x * jax.grad(lambda x: transformed(x)[0, 0])(x), found, rtol=1e-6)
+    report = xda.check_conservation(network, params, x, composite=composite, seed=jnp.asarray([[5.0]]))
+    assert abs(report.lost) < 1e-6 and all(abs(r.lost) < 1e-5 for r in report.rows)
+
+
 class Normalised(nn.Module):
     """BatchNorm before and after a convolution, a strided skip, pooling; negative scales among them."""
 
