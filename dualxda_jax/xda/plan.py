@@ -20,7 +20,8 @@ _SHIFTS = frozenset(["add", "sub", "add_any"])
 _SUMS_OVER_DEVICES = frozenset(["psum", "psum_invariant"])
 # fmt: off
 _SMOOTH = frozenset([
-    "tanh", "logistic", "erf", "expm1", "log1p", "integer_pow", "square", "sqrt", "cbrt", "sin", "atan", "asinh",
+    "tanh", "logistic", "erf", "erfc", "expm1", "log1p", "integer_pow", "square", "sqrt", "cbrt", "sin", "atan",
+    "asinh",
 ])
 # fmt: on
 

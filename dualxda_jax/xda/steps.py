@@ -178,7 +178,7 @@ def guided_relu(equation: Equation, live: int) -> Step:
 
 
 def sums(equation: Equation, stabilizer: float) -> Step:
-    """A sum of data (skip connection, average pooling): every term in proportion to its share."""
+    """A sum of data (skip connection, average pooling, sum by segment): every term in proportion to its share."""
 
     def primal(*values: Any) -> Any:
         return _compat.bind(equation.source, values)[0]
@@ -187,7 +187,14 @@ def sums(equation: Equation, stabilizer: float) -> Step:
         def backward(inputs: tuple[Array, ...], output: Array, cotangent: Array) -> Sequence[Array | None]:
             relevance = cotangent if relevance_out else cotangent * output
             share = relevance / rules.stabilize(output, stabilizer)
-            return jax.linear_transpose(primal, *inputs)(share)
+            terms = [i for i, v in enumerate(inputs) if jnp.issubdtype(v.dtype, jnp.inexact)]
+
+            def total(*found: Array) -> Array:
+                rest = dict(zip(terms, found, strict=True))
+                return primal(*(rest.get(i, v) for i, v in enumerate(inputs)))
+
+            shares = dict(zip(terms, jax.linear_transpose(total, *(inputs[i] for i in terms))(share), strict=True))
+            return [shares.get(i) for i in range(len(inputs))]
 
         return (modified(primal, backward)(*values),)
 

@@ -151,7 +151,7 @@ def of_each(graph: Graph, source: Value, relevance: Array, inputs: Sequence[Arra
 
 def _places(graph: Graph, atom: Atom, inputs: Sequence[Array]) -> Array:
     """From which token, counted along the flat data, every entry of an index came; negative where from none."""
-    values: dict[Atom, Any] = dict(zip(graph.inputs, inputs, strict=True)) | dict(graph.constants)
+    values: dict[Atom, Any] = {**dict(zip(graph.inputs, inputs, strict=True)), **graph.constants}
     places: dict[Atom, Array] = {graph.data: jnp.arange(graph.data.aval.size).reshape(graph.data.aval.shape)}
     integer = places[graph.data].dtype
 

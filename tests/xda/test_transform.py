@@ -66,12 +66,11 @@ def test_zbox_by_hand():
 
 @pytest.mark.parametrize(("bias", "share"), [("kept", 2 * 3 / (2 * 3 + 4)), ("zero", 1.0)])
 def test_a_scale_and_shift_that_nothing_merges_is_a_layer_of_its_own(bias, share):
-    """zennit passes everything through an unmerged BatchNorm even where biases are kept; here its shift takes a share."""
+    """zennit's unmerged BatchNorm passes everything, even where biases are kept; here its shift takes a share."""
     x, seed = jnp.asarray([[3.0, -1.0]]), jnp.asarray([[5.0, 0.0]])
 
     def network(params, x):
-        y = jax.nn.relu(2.0 * jax.nn.relu(x) + params[None])
-        return y
+        return jax.nn.relu(2.0 * jax.nn.relu(x) + params[None])
 
     composite = composites.epsilon(zero_bias=bias == "zero", **EXACT)
     found = xda.relevance(network, jnp.asarray([4.0, 4.0]), x, seed, composite=composite)
@@ -261,6 +260,33 @@ def test_jit_and_checkpoint_inside_of_the_function_change_nothing(two):
         xda.relevance(fn, two, jnp.asarray(A), seed, composite=composites.epsilon()) for fn in (wrapped, plain)
     )
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_checkpoint_outside_of_loops_is_kept(two):
+    """What jax.checkpoint asked not to keep is computed anew for the relevance as well; rules see through it."""
+
+    def network(params, x, wrap):
+        def part(v):
+            return jax.nn.relu(jnp.maximum(v @ params["w"], 0.0) + params["b"][None])
+
+        return wrap(part)(wrap(part)(x) - 20.0) @ params["w"]
+
+    dots = functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable)
+    x, seed = jnp.asarray(A), jnp.asarray([[1.0, -2.0]])
+    composite = composites.epsilon()
+    plain, kept, policy = (functools.partial(network, wrap=wrap) for wrap in (lambda part: part, jax.checkpoint, dots))
+    expected = xda.relevance(plain, two, x, seed, composite=composite)
+    np.testing.assert_allclose(xda.relevance(kept, two, x, seed, composite=composite), expected, rtol=1e-6)
+    flat = composites.epsilon_plus_flat()
+    np.testing.assert_allclose(
+        xda.relevance(policy, two, x, seed, composite=flat),
+        xda.relevance(plain, two, x, seed, composite=flat),
+        rtol=1e-6,
+    )
+    for fn, expected_policy in ((kept, None), (policy, jax.checkpoint_policies.dots_saveable)):
+        transformed = xda.lrp(functools.partial(lambda p, x, fn=fn: fn(p, x), two), composite=composite)
+        equations = [e for e in jax.make_jaxpr(transformed)(x).eqns if e.primitive.name in ("checkpoint", "remat2")]
+        assert [e.params["policy"] for e in equations] == [expected_policy] * 2
 
 
 def test_tanh_passes_relevance(two):
