@@ -151,8 +151,8 @@ def of_each(graph: Graph, source: Value, relevance: Array, inputs: Sequence[Arra
 
 def _places(graph: Graph, atom: Atom, inputs: Sequence[Array]) -> Array:
     """From which token, counted along the flat data, every entry of an index came; negative where from none."""
-    values: dict[Atom, Any] = {**dict(zip(graph.inputs, inputs, strict=True)), **graph.constants}
-    places: dict[Atom, Array] = {graph.data: jnp.arange(graph.data.aval.size).reshape(graph.data.aval.shape)}
+    values: dict[Value, Any] = {**dict(zip(graph.inputs, inputs, strict=True)), **graph.constants}
+    places: dict[Value, Array] = {graph.data: jnp.arange(graph.data.aval.size).reshape(graph.data.aval.shape)}
     integer = places[graph.data].dtype
 
     def value(atom: Atom) -> Any:
@@ -164,11 +164,10 @@ def _places(graph: Graph, atom: Atom, inputs: Sequence[Array]) -> Array:
         return values[atom]
 
     def place(atom: Atom) -> Array:
+        if isinstance(atom, Constant) or graph.is_fixed(atom):
+            return jnp.full(atom.aval.shape, _NOWHERE, integer)
         if atom in places:
             return places[atom]
-        if graph.is_fixed(atom):
-            return jnp.full(atom.aval.shape, _NOWHERE, integer)
-        assert isinstance(atom, Value)
         made = graph.producer[atom]
         if made.name in _ENTRYWISE:
             live = next(a for a in made.inputs if not graph.is_fixed(a))
