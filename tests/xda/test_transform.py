@@ -56,6 +56,27 @@ def test_flat_puts_relevance_on_zero_inputs(two):
     np.testing.assert_allclose(found, [[1.5, 1.5]], rtol=1e-5)
 
 
+def test_w_squared_by_hand(two):
+    composite = dataclasses.replace(composites.epsilon(**EXACT), first=rules.WSquare(0.0))
+    seed = jnp.asarray([[1.0, 2.0]])
+    found = xda.relevance(dense, two, jnp.asarray([[0.0, 5.0]]), seed, composite=composite)
+    np.testing.assert_allclose(found, [[9 / 25 + 2 * 25 / 61, 16 / 25 + 2 * 36 / 61]], rtol=1e-6)
+
+
+def test_gamma_and_epsilon_differ_by_layer(two):
+    """γ favours the contributions of the output's sign: (1 + γ)·w⁺; a large ε absorbs."""
+    params = {"first": {"w": jnp.asarray([[2.0, -1.0]])}, "second": {"w": jnp.asarray([[3.0]])}}
+
+    def network(params, x):
+        return (x @ params["first"]["w"].T) @ params["second"]["w"].T
+
+    overrides = (("first/*", rules.Gamma(0.5, 0.0)), ("second/*", rules.Epsilon(3.0)))
+    composite = dataclasses.replace(composites.epsilon(**EXACT), overrides=overrides)
+    found = xda.relevance(network, params, jnp.ones((1, 2)), jnp.asarray([[6.0]]), composite=composite)
+    arrived = 6.0 * 3 / (3 + 3)  # z = 3 of the second layer, ε = 3
+    np.testing.assert_allclose(found, [[arrived * 3 / 2, arrived * -1 / 2]], rtol=1e-6)
+
+
 def test_zbox_by_hand():
     # z = 2·1 - 1·1 - (2·0 + 0) - (-1·4) = 5; R = (2·1 - 0, -1·1 + 1·4)/5
     composite = composites.epsilon_gamma_box(0.0, 4.0, **EXACT)
