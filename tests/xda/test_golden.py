@@ -155,14 +155,18 @@ def test_cnn_in_float32(name, bias):
     assert error(arrays, name, bias, found) <= 1e-4
 
 
-# A selection: every rule, biases kept and zeroed; a ResNet compiles for seconds.
+# Every composite, biases kept or zeroed: a ResNet compiles for seconds. All maps in both dtypes: benchmarks/parity.py.
 @pytest.mark.parametrize(
     ("name", "bias"),
     [
         ("epsilon", "zero"),
         ("epsilon_plus", "kept"),
+        ("epsilon_plus_flat", "zero"),
+        ("epsilon_alpha2_beta1", "zero"),
         ("epsilon_alpha2_beta1_flat", "kept"),
         ("epsilon_gamma_box", "zero"),
+        ("excitation_backprop", "kept"),
+        ("guided_backprop", "zero"),
     ],
 )
 def test_resnet_in_float32(name, bias):
@@ -170,6 +174,12 @@ def test_resnet_in_float32(name, bias):
     np.testing.assert_allclose(resnet(weights, x), arrays["features"], atol=1e-5)
     found = xda.relevance(resnet, weights, x, seed, composite=composite(name, bias == "zero"))
     assert error(arrays, name, bias, found) <= 1e-4
+
+
+def test_resnet_in_float64(x64):
+    arrays, weights, x, seed = load("resnet", jnp.float64)
+    found = xda.relevance(resnet, weights, x, seed, composite=composite("epsilon_plus", True))
+    assert error(arrays, "epsilon_plus", "zero", found) <= 1e-6
 
 
 @pytest.mark.parametrize(
