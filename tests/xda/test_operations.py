@@ -149,7 +149,6 @@ REFUSED = {
     "convert_element_type.*whole numbers": lambda y: y.astype(jnp.int32).astype(jnp.float32),
     "stop_gradient.*carry no relevance": lambda y: lax.stop_gradient(y),
     "pure_callback": lambda y: jax.pure_callback(np.abs, jax.ShapeDtypeStruct(y.shape, y.dtype), y),
-    "custom_linear_solve": lambda y: jnp.linalg.solve(jnp.eye(6) + 1, y.T).T,
 }
 
 
