@@ -65,8 +65,9 @@ def batch_statistics(
 
     def reduced(equation: Equation) -> tuple[int, ...]:
         """Sizes of the axes that are reduced away, if it is a reduction."""
-        shape = equation.inputs[0].aval.shape
-        return tuple(shape[axis] for axis in equation.params["axes"]) if equation.name in _REDUCTIONS else ()
+        if equation.name not in _REDUCTIONS:
+            return ()
+        return tuple(equation.inputs[0].aval.shape[axis] for axis in equation.params["axes"])
 
     def suspect(equation: Equation) -> bool:
         # On one of several devices a batch can have any size.
