@@ -128,6 +128,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", help="Python with torch and zennit")
     parser.add_argument("--networks", nargs="+", default=["cnn", "resnet18"])
+    parser.add_argument("--only", choices=["gradient", "pairs"], help="one of the two comparisons")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=32)
     parser.add_argument("--size", type=int, default=32)
@@ -141,8 +142,9 @@ def main():
         module = Features(network, options.width)
         shape = (28, 28, 1) if network == "cnn" else (options.size, options.size, 3)
         images = jax.random.normal(jax.random.key(1), (max(options.batch, options.pairs), *shape))
-        rows += against_gradient(network, module, images[: options.batch], options.repeats)
-        if peer is not None:
+        if options.only != "pairs":
+            rows += against_gradient(network, module, images[: options.batch], options.repeats)
+        if peer is not None and options.only != "gradient":
             rows += against_zennit(network, module, images[: options.pairs], peer, options.repeats, options.width)
     for row in rows:
         print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{v}" for k, v in row.items()))

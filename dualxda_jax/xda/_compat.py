@@ -24,6 +24,8 @@ __all__ = [
     "name_stack",
     "place",
     "rebind_bodies",
+    "rematerialised",
+    "rematerialising",
     "trace",
 ]
 
@@ -57,6 +59,16 @@ def inner_jaxpr(equation: JaxprEqn) -> tuple[Jaxpr, Sequence[Any]] | None:
         return None
     inner = equation.params[key]
     return (inner.jaxpr, inner.consts) if isinstance(inner, ClosedJaxpr) else (inner, ())
+
+
+def rematerialising(equations: Sequence[JaxprEqn]) -> JaxprEqn | None:
+    """The first of some equations that asks for rematerialisation (jax.checkpoint), or None."""
+    return next((e for e in equations if e.primitive.name in _REMAT), None)
+
+
+def rematerialised(equation: JaxprEqn, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that keeps for its derivative what a rematerialising equation asks for, and computes the rest anew."""
+    return jax.checkpoint(fn, prevent_cse=equation.params["prevent_cse"], policy=equation.params["policy"])
 
 
 def bodies(equation: JaxprEqn) -> tuple[ClosedJaxpr, ...]:
@@ -132,7 +144,7 @@ def rebind_bodies(
         return found[:carried], found[carried:]
 
     if not unroll:
-        if any(e.primitive.name in _REMAT for e in _closed(p["jaxpr"]).jaxpr.eqns):
+        if rematerialising(_closed(p["jaxpr"]).jaxpr.eqns) is not None:
             body = jax.checkpoint(body, prevent_cse=False)
         carry, stacked = jax.lax.scan(body, carry, slices, length=p["length"], reverse=p["reverse"], unroll=p["unroll"])
         return (*carry, *stacked)

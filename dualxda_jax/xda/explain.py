@@ -178,7 +178,7 @@ def _propagator(feature_fn: FeatureFn, params: Params, x: Array, composite: Comp
         for source, value, cotangent in zip(traced.sources, at, arrived, strict=True):
             given = source in planned.relevance or composite.seed == "gradient"
             found = cotangent if given else value * cotangent
-            maps.append(found if source is traced.data else tokens.of_each(traced, source, found))
+            maps.append(found if source is traced.data else tokens.of_each(traced, source, found, inputs))
         return functools.reduce(jnp.add, maps)
 
     return features, propagate

@@ -16,10 +16,10 @@ ROUTES = frozenset([
     "reduce_precision", "optimization_barrier", "sharding_constraint", "select_n", "reduce_max", "reduce_min",
     "reduce_window_max", "reduce_window_min", "sort", "top_k", "real", "pvary", "pcast", "reshard", "name",
     "all_gather", "all_gather_invariant", "all_to_all", "ppermute", "pbroadcast", "stack", "unstack", "tile",
-    "device_put", "layout_constraint", "cummax", "cummin",
+    "device_put", "layout_constraint", "cummax", "cummin", "scatter",
 ])
 # fmt: on
-SUMS = frozenset(["reduce_sum", "reduce_window_sum", "cumsum"])
+SUMS = frozenset(["reduce_sum", "reduce_window_sum", "cumsum", "scatter-add", "scatter_add"])
 
 
 def is_zero(graph: Graph, atom: Atom) -> bool:

@@ -202,8 +202,10 @@ def _sums(
     def add_up(array: Array) -> Array:
         return array.astype(array.dtype if array.dtype.itemsize >= 4 else jnp.float32).sum()
 
+    relevance = walk.relevance(planned)
+
     def total(value: Value, array: Array, cotangent: Array) -> Array:
-        given = value in planned.relevance or composite.seed == "gradient"
+        given = value in relevance or composite.seed == "gradient"
         return add_up(cotangent if given else array * cotangent)
 
     sums = {key: total(value, seen[key], on_edges[key]) for key, value in values.items()}

@@ -20,7 +20,8 @@ _SHIFTS = frozenset(["add", "sub", "add_any"])
 _SUMS_OVER_DEVICES = frozenset(["psum", "psum_invariant"])
 # fmt: off
 _SMOOTH = frozenset([
-    "tanh", "logistic", "erf", "expm1", "log1p", "integer_pow", "square", "sqrt", "cbrt", "sin", "atan", "asinh",
+    "tanh", "logistic", "erf", "erfc", "expm1", "log1p", "integer_pow", "square", "sqrt", "cbrt", "sin", "atan",
+    "asinh",
 ])
 # fmt: on
 
@@ -61,7 +62,7 @@ def make(graph: Graph, composite: Composite, *, seeded: bool) -> Plan:
     first = _first(graph, found) if composite.first is not None else set()
     context = _Context(composite, found, merged, first, facts.nonnegative(graph))
     made = _steps(graph, context)
-    relevance = _relevance_values(graph, made, first, composite) if seeded else frozenset()
+    relevance = _relevance_values(graph, made, first, composite, seeded)
     return Plan(graph, tuple(made), relevance)
 
 
@@ -117,7 +118,8 @@ def _inside(graph: Graph, context: _Context, equation: Equation) -> Step:
     plans = []
     for body in equation.bodies:
         inner = graph.inside(body)
-        plans.append(Plan(inner, tuple(_steps(inner, context)), frozenset()))
+        made = _steps(inner, context)
+        plans.append(Plan(inner, tuple(made), _inner_relevance(inner, made, context.composite, frozenset())))
     count = equation.params.get("length")
     return walk.inside(equation, plans, "inside" if count is None else f"inside, {count} times")
 
@@ -200,9 +202,10 @@ def _unary(graph: Graph, composite: Composite, equation: Equation, live: int, pl
     if name in _HOMOGENEOUS and not (name == "div" and live == 1):
         return steps.elementwise(equation, live, homogeneous=True, passes=True)
     if name in _SHIFTS:
-        # A shift by a statistic of the data (the maximum inside of a softmax) is no bias.
-        bias = graph.is_fixed(equation.inputs[1 - live])
-        return steps.elementwise(equation, live, homogeneous=not (composite.zero_bias and bias), passes=bias)
+        # A shift by a statistic of the data (the maximum inside of a softmax) is no bias; a bias that is kept takes its
+        # share, which is what c does by itself.
+        passes = composite.zero_bias and graph.is_fixed(equation.inputs[1 - live])
+        return steps.elementwise(equation, live, homogeneous=not passes, passes=passes)
     if name in _SMOOTH or name in ("max", "min", "clamp"):
         return steps.elementwise(equation, live, homogeneous=False, passes=not plain)
     return None
@@ -220,18 +223,21 @@ def _first(graph: Graph, found: dict[Equation, Block]) -> set[Equation]:
     return first
 
 
-def _relevance_values(graph: Graph, made: list[Step], first: set[Equation], composite: Composite) -> frozenset[Value]:
+def _relevance_values(
+    graph: Graph, made: list[Step], first: set[Equation], composite: Composite, seeded: bool
+) -> frozenset[Value]:
     """Where the cotangent is relevance.
 
-    From the outputs back to the last layers, since a seed may put relevance where the output is zero; and from the
-    data to the first layers, if their rule gives relevance.
+    From the outputs back to the last layers, since a seed may put relevance where the output is zero; likewise before
+    shifts and other functions that are not zero at zero; and from the data to the first layers, if their rule gives
+    relevance.
     """
     if composite.seed == "gradient":
         return frozenset()
-    found = {o for o in graph.outputs if graph.is_live(o)}
-    for step in reversed(made):
-        if step.gives and found.intersection(step.outputs):
-            found.update(a for a in step.inputs if graph.is_live(a))
+    outputs = frozenset(o for o in graph.outputs if graph.is_live(o)) if seeded else frozenset()
+    found = set(_inner_relevance(graph, made, composite, outputs))
+    if not seeded:
+        return frozenset(found.difference(graph.sources))
     if isinstance(composite.first, rules.FIRST_LAYER_ONLY):
         found.update(graph.sources)
         top = set(graph.equations)
@@ -250,3 +256,17 @@ def _relevance_values(graph: Graph, made: list[Step], first: set[Equation], comp
                     "but an operation that mixes entries comes before it"
                 )
     return frozenset(found)
+
+
+def _inner_relevance(
+    graph: Graph, made: list[Step], composite: Composite, outputs: frozenset[Value]
+) -> frozenset[Value]:
+    """From the outputs and from where a step starts it, relevance goes back to what does not hand it on."""
+    if composite.seed == "gradient":
+        return frozenset()
+    found = set(outputs)
+    for step in reversed(made):
+        if step.starts or (step.gives and found.intersection(step.outputs)):
+            found.update(a for a in step.inputs if graph.is_live(a))
+    # Into a loop's body and out of it goes c.
+    return frozenset(found if graph.sources else found.difference(graph.inputs, graph.outputs))

@@ -37,12 +37,14 @@ def build(fn: Callable[..., Any], parameters: Sequence[Any], data: Any) -> Graph
     reached: set[Atom] = {traced.inputs[-1]}
     forward(traced.equations, reached, _outputs)
     refusals.random(traced.equations, reached, forward)
+    refusals.complex_numbers(traced.equations, reached)
     refusals.batch_statistics(fn, parameters, data, traced, reached)
     sources = tokens.sources(traced, reached, producer)
     carried: set[Atom] = set(sources)
     forward(traced.equations, carried, _carried_on)
     wanted: set[Atom] = {o for o in traced.outputs if isinstance(o, Value)}
     _backward(traced.equations, wanted, producer, reached)
+    refusals.nothing_carried(traced, reached, carried)
     return Graph(
         traced.equations,
         traced.inputs,

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -28,36 +27,70 @@ def random(equations: Sequence[Equation], reached: set[Atom], forward: Callable[
     forward(equations, set(), through)
 
 
+def complex_numbers(equations: Sequence[Equation], reached: set[Atom]) -> None:
+    """Refuse complex values of the data: a share of relevance is a quotient of real numbers."""
+    for equation in graph.everything(equations):
+        made = [v for v in equation.outputs if v in reached]
+        if any(jnp.issubdtype(v.aval.dtype, jnp.complexfloating) for v in made):
+            raise equation.refuse(
+                "its result is complex, and relevance is a share of real numbers; use real operations"
+            )
+
+
+def nothing_carried(traced: Trace, reached: set[Atom], carried: set[Atom]) -> None:
+    """Refuse a function that takes nothing but whole numbers, decisions or constants from the data."""
+    outputs = [o for o in traced.outputs if jnp.issubdtype(o.aval.dtype, jnp.inexact)]
+    if not any(o in reached for o in outputs) or any(o in carried for o in outputs):
+        return
+    for equation in graph.everything(traced.equations):
+        if carried.intersection(equation.inputs) and not carried.intersection(equation.outputs):
+            raise equation.refuse(
+                "the outputs depend on the data only through operations that carry no relevance (stop_gradient, "
+                "rounding, comparisons, whole numbers)"
+            )
+
+
 def batch_statistics(
     fn: Callable[..., Any], parameters: Sequence[Any], data: Any, traced: Trace, reached: set[Atom]
 ) -> None:
     """Refuse BatchNorm in training mode: what a sample's features are would depend on the rest of the batch.
 
     Only a function from batch to batch is looked at. An axis of the batch's size may be another axis, so a suspect is
-    confirmed by tracing again with a batch of one more: the batch axis is the one that grew.
+    confirmed by tracing again with a batch of twice the size: what runs along the batch has grown.
     """
     if np.ndim(data) == 0 or not all(o.aval.shape[:1] == np.shape(data)[:1] for o in traced.outputs):
         return
 
-    def suspect(equation: Equation, size: int) -> bool:
-        if equation.name not in _REDUCTIONS or 0 not in equation.params["axes"]:
-            return False
-        return equation.inputs[0].aval.shape[0] == size
+    size = np.shape(data)[0]
+
+    def reduced(equation: Equation) -> tuple[int, ...]:
+        """Sizes of the axes that are reduced away, if it is a reduction."""
+        if equation.name not in _REDUCTIONS:
+            return ()
+        return tuple(equation.inputs[0].aval.shape[axis] for axis in equation.params["axes"])
+
+    def suspect(equation: Equation) -> bool:
+        # On one of several devices a batch can have any size.
+        mapped = any(caller.primitive.name == "shard_map" for caller in equation.callers)
+        return bool(reduced(equation)) and (mapped or size in reduced(equation))
 
     equations = list(graph.everything(traced.equations))
-    suspects = [i for i, e in enumerate(equations) if suspect(e, len(data)) and e.inputs[0] in reached]
+    suspects = [i for i, e in enumerate(equations) if suspect(e) and e.inputs[0] in reached]
     if not suspects:
         return
-    larger = jax.ShapeDtypeStruct((len(data) + 1, *np.shape(data)[1:]), jnp.result_type(data))
+
+    def twice(*arguments: Any) -> Any:
+        return fn(*arguments[:-1], jnp.concatenate([arguments[-1]] * 2))
+
     try:
-        grown = graph.trace(fn, parameters, larger)
+        grown = graph.trace(twice, parameters, data)
     except (TypeError, ValueError):  # made for one batch size only, so that nothing can be confirmed
         return
-    again = list(graph.everything(grown.equations))
-    if len(again) != len(equations) or not all(o.aval.shape[:1] == larger.shape[:1] for o in grown.outputs):
+    again = list(graph.everything(grown.equations))[1:]
+    if len(again) != len(equations) or not all(o.aval.shape[:1] == (2 * size,) for o in grown.outputs):
         return
     for i in suspects:
-        if suspect(again[i], larger.shape[0]):
+        if reduced(again[i]) and reduced(again[i]) != reduced(equations[i]):
             raise equations[i].refuse(
                 "it reduces over the batch, as BatchNorm does in training mode; use the running averages "
                 "(use_running_average=True), since a sample alone has to decide its features"

@@ -34,6 +34,8 @@ class Step:
         rule: name of the rule, for people.
         takes: it can be handed relevance in place of c.
         gives: where it is handed relevance it hands relevance on.
+        starts: it hands relevance on whatever it is handed: relevance may belong to an input of exactly zero, which c
+            cannot say.
         block: the linear block, if it is one.
         plans: the plans of a loop's body or of the branches (see `walk`), for people.
         watched: (values of the inputs, watch, place) -> values of the outputs, of a loop that shows its rounds.
@@ -46,6 +48,7 @@ class Step:
     rule: str
     takes: bool = False
     gives: bool = False
+    starts: bool = False
     block: Block | None = None
     plans: tuple[Any, ...] = ()
     watched: Callable[[Sequence[Any], Any, tuple[int, ...]], tuple[Any, ...]] | None = None
@@ -120,13 +123,18 @@ def elementwise(equation: Equation, live: int, *, homogeneous: bool, passes: boo
     scale_by_ratio = modified(
         primal, lambda inputs, output, c: only(inputs, c * ratio(output, inputs[live]).astype(c.dtype))
     )
+    give_relevance = modified(primal, lambda inputs, output, c: only(inputs, c * output))
+    starts = passes and not homogeneous
 
     def run(values: Sequence[Any], relevance_out: bool, relevance_in: bool) -> tuple[Any, ...]:
-        fn = primal if homogeneous or not passes else scale_by_ratio
-        return ((pass_relevance if relevance_out else fn)(*values),)
+        if relevance_out:
+            return (pass_relevance(*values),)
+        if starts:
+            return ((give_relevance if relevance_in else scale_by_ratio)(*values),)
+        return (primal(*values),)
 
     rule = "pass" if passes else "gradient"
-    return Step(equation, equation.inputs, equation.outputs, run, rule, takes=passes, gives=passes)
+    return Step(equation, equation.inputs, equation.outputs, run, rule, takes=passes, gives=passes, starts=starts)
 
 
 def function(cluster: Cluster) -> Step:
@@ -145,12 +153,14 @@ def function(cluster: Cluster) -> Step:
         primal,
         lambda inputs, output, c: (c * ratio(output, inputs[0]).astype(c.dtype), *(None for _ in inputs[1:])),
     )
+    give_relevance = modified(primal, lambda inputs, output, c: (c * output, *(None for _ in inputs[1:])))
 
     def run(values: Sequence[Any], relevance_out: bool, relevance_in: bool) -> tuple[Any, ...]:
-        return ((pass_relevance if relevance_out else scale)(*values),)
+        fn = pass_relevance if relevance_out else give_relevance if relevance_in else scale
+        return (fn(*values),)
 
-    last = cluster.equations[-1]
-    return Step(last, (cluster.root, *cluster.constants), last.outputs, run, "pass", takes=True, gives=True)
+    last, inputs = cluster.equations[-1], (cluster.root, *cluster.constants)
+    return Step(last, inputs, last.outputs, run, "pass", takes=True, gives=True, starts=True)
 
 
 def guided_relu(equation: Equation, live: int) -> Step:
@@ -168,7 +178,7 @@ def guided_relu(equation: Equation, live: int) -> Step:
 
 
 def sums(equation: Equation, stabilizer: float) -> Step:
-    """A sum of data (skip connection, average pooling): every term in proportion to its share."""
+    """A sum of data (skip connection, average pooling, sum by segment): every term in proportion to its share."""
 
     def primal(*values: Any) -> Any:
         return _compat.bind(equation.source, values)[0]
@@ -177,7 +187,14 @@ def sums(equation: Equation, stabilizer: float) -> Step:
         def backward(inputs: tuple[Array, ...], output: Array, cotangent: Array) -> Sequence[Array | None]:
             relevance = cotangent if relevance_out else cotangent * output
             share = relevance / rules.stabilize(output, stabilizer)
-            return jax.linear_transpose(primal, *inputs)(share)
+            terms = [i for i, v in enumerate(inputs) if jnp.issubdtype(v.dtype, jnp.inexact)]
+
+            def total(*found: Array) -> Array:
+                rest = dict(zip(terms, found, strict=True))
+                return primal(*(rest.get(i, v) for i, v in enumerate(inputs)))
+
+            shares = dict(zip(terms, jax.linear_transpose(total, *(inputs[i] for i in terms))(share), strict=True))
+            return [shares.get(i) for i in range(len(inputs))]
 
         return (modified(primal, backward)(*values),)
 

@@ -2,14 +2,14 @@
 
 Run with an environment that has torch, torchvision and zennit 0.5.1:
 
-    python tests/golden/make_zennit.py [cnn] [resnet] [mixed]
+    python tests/golden/make_zennit.py [cnn] [resnet] [mixed] [unmerged] [resnet_full] [--to FOLDER]
 
 Weights are float32 values, everything is computed in float64. Images are channels first, as torch has them. Each map
 is the gradient that a composite leaves at the input when the seed arrives at the output.
 """
 
+import argparse
 import pathlib
-import sys
 
 import numpy as np
 import torch
@@ -92,15 +92,15 @@ def cnn(attempt):
     return model, x, seed, None
 
 
-def resnet(attempt):
-    """A ResNet-18 (3×3 stem of stride 1) with 4 to 10 channels, in evaluation mode."""
+def resnet(attempt, widths=(4, 6, 8, 10), size=12):
+    """A ResNet-18 (3×3 stem of stride 1), in evaluation mode."""
     torch.manual_seed(attempt)
     model = ResNet(BasicBlock, [2, 2, 2, 2])
-    model.conv1 = torch.nn.Conv2d(3, 4, 3, padding=1, bias=False)
-    model.bn1 = torch.nn.BatchNorm2d(4)
+    model.conv1 = torch.nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
+    model.bn1 = torch.nn.BatchNorm2d(widths[0])
     model.maxpool = torch.nn.Identity()
-    model.inplanes = 4
-    for i, channels in enumerate((4, 6, 8, 10)):
+    model.inplanes = widths[0]
+    for i, channels in enumerate(widths):
         setattr(model, f"layer{i + 1}", model._make_layer(BasicBlock, channels, 2, stride=1 if i == 0 else 2))
     model.fc = torch.nn.Identity()
     for module in model.modules():
@@ -115,8 +115,8 @@ def resnet(attempt):
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.copy_(module.running_mean.float())
             module.running_var.copy_(module.running_var.float())
-    x = torch.randn(1, 3, 12, 12).float().double()
-    seed = (torch.randn(1, 10) * model(x)).detach().float().double()
+    x = torch.randn(1, 3, size, size).float().double()
+    seed = (torch.randn(1, widths[-1]) * model(x)).detach().float().double()
     return model, x, seed, lambda: [ResNetCanonizer()]
 
 
@@ -161,17 +161,49 @@ def mixed(attempt):
     return model, x, seed, lambda: [NamedMergeBatchNorm([(["deep"], "deep_norm")])]
 
 
-def write(network):
+def unmerged(attempt):
+    """BatchNorm between two activations, where nothing can merge it, and ReLU6, saturated at a third of its entries."""
+    torch.manual_seed(attempt)
+    nn = torch.nn
+    layers = [nn.Conv2d(3, 6, 3), nn.ReLU(), nn.BatchNorm2d(6, eps=1e-12), nn.ReLU6(), nn.Conv2d(6, 5, 3), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AvgPool2d(2), nn.Flatten(), nn.Linear(5, 4)).double()
+    norm = model[2]
+    norm.running_mean.uniform_(0.1, 0.9)
+    norm.running_var.uniform_(0.05, 0.5)
+    torch.nn.init.uniform_(norm.weight, 2.0, 4.0)
+    norm.weight.data[::2] *= -1
+    model = rounded(model, 1.0).eval()
+    norm.running_mean.copy_(norm.running_mean.float())
+    norm.running_var.copy_(norm.running_var.float())
+    x = torch.randn(2, 3, 6, 6).float().double()
+    seed = (torch.randn(2, 4) * model(x)).detach().float().double()
+    return model, x, seed, None
+
+
+def resnet_full(attempt):
+    """The ResNet-18 of CIFAR-10; too large to keep (see benchmarks/parity.py)."""
+    return resnet(attempt, (64, 128, 256, 512), 32)
+
+
+def write(network, folder):
     for attempt in range(100):
-        model, x, seed, canonizers = {"cnn": cnn, "resnet": resnet, "mixed": mixed}[network](attempt)
+        model, x, seed, canonizers = NETWORKS[network](attempt)
         if well_posed(model, x, seed, canonizers):
             break
     print(network, "from seed", attempt)
     arrays = {f"weights/{k}": v.numpy().astype(np.float32) for k, v in model.state_dict().items() if v.ndim}
     arrays |= {"x": x.numpy(), "seed": seed.numpy(), "features": model(x).detach().numpy()}
-    np.savez_compressed(HERE / f"zennit_{network}.npz", **arrays, **maps(model, x, seed, canonizers))
+    np.savez_compressed(folder / f"zennit_{network}.npz", **arrays, **maps(model, x, seed, canonizers))
 
+
+NETWORKS = {"cnn": cnn, "resnet": resnet, "mixed": mixed, "unmerged": unmerged}
+KEPT = list(NETWORKS)
+NETWORKS["resnet_full"] = resnet_full
 
 if __name__ == "__main__":
-    for network in sys.argv[1:] or ["cnn", "resnet", "mixed"]:
-        write(network)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("networks", nargs="*", default=KEPT)
+    parser.add_argument("--to", type=pathlib.Path, default=HERE)
+    options = parser.parse_args()
+    for network in options.networks:
+        write(network, options.to)

@@ -218,3 +218,27 @@ def test_a_function_with_a_mapped_part_is_the_function(sharded):
     same(found, expected, 1e-3)  # ε of every device's part of the sum
     table = xda.explain_rules(split, params, x, composite=composite)
     assert ("shard_map / dot_general", "d") in [(r.operation, r.path) for r in table.rows]
+
+
+@pytest.mark.parametrize("inside", ["the function", "the caller"])
+def test_batch_statistics_are_refused_on_every_device(inside, sharded):
+    """BatchNorm in training mode on a mesh: each device's part of the batch, averaged over the devices."""
+    params, x, seed, _, composite = sharded
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    x, seed = jnp.concatenate([x, x]), jnp.concatenate([seed, seed])
+
+    def normalised(params, x):
+        mean, square = (jax.lax.pmean(v.mean(0, keepdims=True), "d") for v in (x, x * x))
+        return net(params, (x - mean) * jax.lax.rsqrt(square - mean * mean + 1e-5))
+
+    specs = {"mesh": mesh, "out_specs": P("d")}
+
+    def mapped(params, x):
+        return jax.shard_map(normalised, in_specs=(P(), P("d")), **specs)(params, x)
+
+    with pytest.raises(xda.NoRuleError, match="training mode"):
+        if inside == "the function":
+            xda.relevance(mapped, params, x, seed, composite=composites.epsilon_plus())
+        else:
+            explain = functools.partial(xda.relevance, normalised, composite=composite)
+            jax.shard_map(explain, in_specs=(P(), P("d"), P("d")), **specs)(params, x, seed)

@@ -106,6 +106,23 @@ def mixed(weights, x):
     return dense(dense(x.mean((1, 2)), "tail.3"), "last.0")
 
 
+def unmerged(weights, x):
+    """BatchNorm between two activations, which nothing can merge, and ReLU6."""
+
+    def conv(x, layer):
+        kernel = weights[f"{layer}.weight"].transpose(2, 3, 1, 0)
+        y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return y + weights[f"{layer}.bias"][None, None, None]
+
+    x = jax.nn.relu(conv(x, 0))
+    mean, var, scale, bias = (
+        weights[f"2.{k}"][None, None, None] for k in ("running_mean", "running_var", "weight", "bias")
+    )
+    x = jax.nn.relu6((x - mean) / jnp.sqrt(var + 1e-12) * scale + bias)
+    x = jax.nn.relu(conv(x, 4))
+    return x.mean((1, 2)) @ weights["8.weight"].T + weights["8.bias"][None]
+
+
 def load(network, dtype):
     with np.load(GOLDEN / f"zennit_{network}.npz") as stored:
         arrays = dict(stored)
@@ -138,14 +155,18 @@ def test_cnn_in_float32(name, bias):
     assert error(arrays, name, bias, found) <= 1e-4
 
 
-# A selection: every rule, biases kept and zeroed; a ResNet compiles for seconds.
+# Every composite, biases kept or zeroed: a ResNet compiles for seconds. All maps in both dtypes: benchmarks/parity.py.
 @pytest.mark.parametrize(
     ("name", "bias"),
     [
         ("epsilon", "zero"),
         ("epsilon_plus", "kept"),
+        ("epsilon_plus_flat", "zero"),
+        ("epsilon_alpha2_beta1", "zero"),
         ("epsilon_alpha2_beta1_flat", "kept"),
         ("epsilon_gamma_box", "zero"),
+        ("excitation_backprop", "kept"),
+        ("guided_backprop", "zero"),
     ],
 )
 def test_resnet_in_float32(name, bias):
@@ -153,6 +174,12 @@ def test_resnet_in_float32(name, bias):
     np.testing.assert_allclose(resnet(weights, x), arrays["features"], atol=1e-5)
     found = xda.relevance(resnet, weights, x, seed, composite=composite(name, bias == "zero"))
     assert error(arrays, name, bias, found) <= 1e-4
+
+
+def test_resnet_in_float64(x64):
+    arrays, weights, x, seed = load("resnet", jnp.float64)
+    found = xda.relevance(resnet, weights, x, seed, composite=composite("epsilon_plus", True))
+    assert error(arrays, "epsilon_plus", "zero", found) <= 1e-6
 
 
 @pytest.mark.parametrize(
@@ -171,3 +198,12 @@ def test_mixed_in_float32(name, bias):
     np.testing.assert_allclose(mixed(weights, x), arrays["features"], atol=1e-5)
     found = xda.relevance(mixed, weights, x, seed, composite=composite(name, bias == "zero"))
     assert error(arrays, name, bias, found) <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["epsilon", "epsilon_plus_flat", "epsilon_alpha2_beta1", "epsilon_gamma_box"])
+def test_unmerged_batchnorm_passes_relevance_where_biases_are_zeroed(name):
+    arrays, weights, x, seed = load("unmerged", jnp.float32)
+    np.testing.assert_allclose(unmerged(weights, x), arrays["features"], rtol=1e-5, atol=1e-5)
+    found = xda.relevance(unmerged, weights, x, seed, composite=composite(name, True))
+    # Relevance arrives at activations that are exactly zero, with a shift behind them.
+    assert error(arrays, name, "zero", found) <= 1e-4

@@ -102,11 +102,27 @@ class HalfPrecision(nn.Module):
         return nn.relu(nn.Dense(6, dtype=jnp.bfloat16)(x.reshape(x.shape[0], -1))).astype(jnp.float32)
 
 
+class VGG(nn.Module):
+    """Convolutions with biases in pairs, maximum pooling after each pair, three dense layers, dropout switched off."""
+
+    @nn.compact
+    def __call__(self, x):
+        for channels in (4, 6):
+            for _ in range(2):
+                x = nn.relu(nn.Conv(channels, (3, 3))(x))
+            x = nn.max_pool(x, (2, 2), (2, 2))
+        x = x.reshape(x.shape[0], -1)
+        for width in (8, 8):
+            x = nn.Dropout(0.5, deterministic=True)(nn.relu(nn.Dense(width)(x)))
+        return nn.Dense(6)(x)
+
+
 IMAGES = np.random.default_rng(0).standard_normal((2, 6, 6, 3)).astype(np.float32)
 TOKENS = np.asarray([[1, 5, 10, 3], [0, 2, 2, 7]])
 # What loses relevance by nature: softmax, and a class token, which is no part of the image.
 SOFTMAX = ("exp", "div")
 CASES = {
+    "vgg": (VGG(), IMAGES, composites.epsilon_gamma_box(-4.0, 4.0), ()),
     "densenet": (DenseNet(), IMAGES, composites.epsilon(), ()),
     "mixer": (MixerBlock(), IMAGES, composites.attn_lrp(), ()),
     "vit": (ViT(), IMAGES, composites.attn_lrp(), (*SOFTMAX, "concatenate")),
@@ -129,3 +145,40 @@ def test_relevance_is_lost_only_where_the_method_loses_it(name):
     found = {r.operation.split(" / ")[-1] for r in report.rows if abs(r.lost) > tolerance}
     assert found == set(losing)
     np.testing.assert_allclose(sum(r.lost for r in report.rows), report.seed - report.input, rtol=1e-2, atol=tolerance)
+
+
+@pytest.mark.filterwarnings("ignore:jax.array_ref:DeprecationWarning")  # flax 0.12.0 on jax 0.8.0, at import
+def test_an_nnx_network_conserves():
+    """Convolution, BatchNorm and dropout in evaluation mode, attention; split into a definition and its state."""
+    from flax import nnx
+
+    class Network(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(3, 8, (2, 2), strides=(2, 2), use_bias=False, rngs=rngs)
+            self.norm = nnx.BatchNorm(8, rngs=rngs)
+            self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+            self.last = nnx.Linear(8, 6, rngs=rngs)
+
+        def __call__(self, x):
+            x = nnx.relu(self.norm(self.conv(x))).reshape(x.shape[0], -1, 8)
+            return self.last(self.dropout(x + self.attention(x)).mean(1))
+
+    network = Network(nnx.Rngs(0))
+    network.eval()
+    definition, state = nnx.split(network)
+
+    def apply(state, x):
+        return nnx.merge(definition, state)(x)
+
+    x = jnp.asarray(IMAGES)
+    np.testing.assert_allclose(apply(state, x), network(x), rtol=1e-6)
+    report = xda.check_conservation(apply, state, x, composite=composites.attn_lrp())
+    losing = {r.operation for r in report.rows if abs(r.lost) > 1e-3 * report.seed}
+    assert losing <= set(SOFTMAX) and report.seed > 0.01
+    paths = [r.path for r in xda.explain_rules(apply, state, x, composite=composites.attn_lrp()).rows if r.path]
+    assert any("conv" in path for path in paths) and any("last" in path for path in paths)
+    network.train()
+    training, state = nnx.split(network)
+    with pytest.raises(xda.NoRuleError, match=r"training mode|dropout"):
+        xda.explain_rules(lambda s, x: nnx.merge(training, s)(x), state, x, composite=composites.attn_lrp())

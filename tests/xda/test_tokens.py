@@ -100,3 +100,61 @@ def test_numbers_that_nothing_is_looked_up_with_are_refused(text):
         )
     with pytest.raises(ValueError, match=r"x: got dtype int\d+.*xda\.relevance"):
         xda.lrp(lambda t: apply(variables, t), composite=composites.epsilon())(TOKENS)
+
+
+ROUTES = {
+    "sliced": lambda t: t[:, 1:4],
+    "reversed": lambda t: t[:, ::-1],
+    "every second": lambda t: t[:, ::2],
+    "gathered": lambda t: t[:, jnp.asarray([4, 0, 0, -1])],
+    "gathered by the tokens themselves": lambda t: jnp.take_along_axis(t, (t > 2).sum(1, keepdims=True) - 1, axis=1),
+    "shifted behind a start token": lambda t: jnp.concatenate([jnp.full((2, 1), 6, t.dtype), t[:, :-1]], axis=1),
+    "padded": lambda t: jnp.pad(t, ((0, 0), (1, 2))),
+    "replaced where unknown": lambda t: jnp.where(t > 4, jnp.ones((), t.dtype), t),
+    "in another order": lambda t: t.T.reshape(2, 5),
+    "one row each": lambda t: jnp.stack([t[:, 0], t[:, 3]], axis=1),
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_tokens_may_be_moved_before_they_are_looked_up(route, rng):
+    """Against the same moves made on the rows: their gradient says where each row came from."""
+    table = jnp.asarray(rng.standard_normal((7, 3)), jnp.float32)
+    tokens = jnp.asarray(TOKENS)
+    moved = ROUTES[route](tokens)
+    seed = jnp.tanh(table[moved]).sum(2)
+    composite = composites.epsilon()
+    found = xda.relevance(lambda p, t: jnp.tanh(p[ROUTES[route](t)]).sum(2), table, tokens, seed, composite=composite)
+    each = xda.relevance(lambda p, x: jnp.tanh(x).sum(2), table, table[moved], seed, composite=composite).sum(2)
+    # Tokens that are all different, inside of the table's range, tell where they went.
+    expected = np.zeros((2, 5), np.float32)
+    marks = np.asarray(_followed(ROUTES[route], tokens))
+    for place, value in zip(marks.ravel(), np.asarray(each).ravel(), strict=True):
+        if place >= 0:
+            expected.ravel()[place] += value
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def _followed(route, tokens):
+    """The place that every token was moved from, by changing one token at a time; -1 where no token matters."""
+    moved = np.asarray(route(tokens))
+    places = np.full(moved.shape, -1)
+    for place in range(tokens.size):
+        # Another token that is on the same side of every comparison above, so that nothing else moves.
+        old = int(tokens.ravel()[place])
+        other = {0: 1, 1: 2, 2: 1, 3: 4, 4: 3, 5: 6, 6: 5}[old]
+        changed = np.asarray(route(tokens.ravel().at[place].set(other).reshape(tokens.shape)))
+        places[changed != moved] = place
+    return places
+
+
+def test_tokens_that_are_mixed_before_the_look_up_are_refused(rng):
+    table = jnp.asarray(rng.standard_normal((50, 3)), jnp.float32)
+    with pytest.raises(xda.NoRuleError, match="one by one"):
+        xda.relevance(
+            lambda p, t: p[t[:, 1:] * 7 + t[:, :-1]].sum(1),
+            table,
+            TOKENS,
+            jnp.ones((2, 3)),
+            composite=composites.epsilon(),
+        )

@@ -56,12 +56,63 @@ def test_flat_puts_relevance_on_zero_inputs(two):
     np.testing.assert_allclose(found, [[1.5, 1.5]], rtol=1e-5)
 
 
+def test_w_squared_by_hand(two):
+    composite = dataclasses.replace(composites.epsilon(**EXACT), first=rules.WSquare(0.0))
+    seed = jnp.asarray([[1.0, 2.0]])
+    found = xda.relevance(dense, two, jnp.asarray([[0.0, 5.0]]), seed, composite=composite)
+    np.testing.assert_allclose(found, [[9 / 25 + 2 * 25 / 61, 16 / 25 + 2 * 36 / 61]], rtol=1e-6)
+
+
+def test_gamma_and_epsilon_differ_by_layer(two):
+    """γ favours the contributions of the output's sign: (1 + γ)·w⁺; a large ε absorbs."""
+    params = {"first": {"w": jnp.asarray([[2.0, -1.0]])}, "second": {"w": jnp.asarray([[3.0]])}}
+
+    def network(params, x):
+        return (x @ params["first"]["w"].T) @ params["second"]["w"].T
+
+    overrides = (("first/*", rules.Gamma(0.5, 0.0)), ("second/*", rules.Epsilon(3.0)))
+    composite = dataclasses.replace(composites.epsilon(**EXACT), overrides=overrides)
+    found = xda.relevance(network, params, jnp.ones((1, 2)), jnp.asarray([[6.0]]), composite=composite)
+    arrived = 6.0 * 3 / (3 + 3)  # z = 3 of the second layer, ε = 3
+    np.testing.assert_allclose(found, [[arrived * 3 / 2, arrived * -1 / 2]], rtol=1e-6)
+
+
 def test_zbox_by_hand():
     # z = 2·1 - 1·1 - (2·0 + 0) - (-1·4) = 5; R = (2·1 - 0, -1·1 + 1·4)/5
     composite = composites.epsilon_gamma_box(0.0, 4.0, **EXACT)
     params = {"w": jnp.asarray([[2.0, -1.0]]), "b": jnp.asarray([9.0])}
     found = xda.relevance(dense, params, jnp.ones((1, 2)), jnp.asarray([[5.0]]), composite=composite)
     np.testing.assert_allclose(found, [[2.0, 3.0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("bias", "share"), [("kept", 2 * 3 / (2 * 3 + 4)), ("zero", 1.0)])
+def test_a_scale_and_shift_that_nothing_merges_is_a_layer_of_its_own(bias, share):
+    """zennit's unmerged BatchNorm passes everything, even where biases are kept; here its shift takes a share."""
+    x, seed = jnp.asarray([[3.0, -1.0]]), jnp.asarray([[5.0, 0.0]])
+
+    def network(params, x):
+        return jax.nn.relu(2.0 * jax.nn.relu(x) + params[None])
+
+    composite = composites.epsilon(zero_bias=bias == "zero", **EXACT)
+    found = xda.relevance(network, jnp.asarray([4.0, 4.0]), x, seed, composite=composite)
+    np.testing.assert_allclose(found, [[5 * share, 0.0]], rtol=1e-6)
+
+
+def test_relevance_is_not_lost_where_only_a_shift_keeps_a_value_from_zero(two):
+    """Both ways of calling: relu(-3) = 0, and 0 + 2 is handed all the relevance of the output."""
+
+    def network(params, x):
+        hidden = jax.nn.relu(x @ params["w"])
+        return jnp.maximum(hidden + params["b"][None], 0.0) @ jnp.ones((2, 1))
+
+    params, x = {"w": -jnp.eye(2), "b": jnp.asarray([2.0, 2.0])}, jnp.asarray([[3.0, -1.0]])
+    composite = composites.epsilon(**EXACT)
+    found = xda.relevance(network, params, x, jnp.asarray([[5.0]]), composite=composite)
+    np.testing.assert_allclose(found, [[2.0, 3.0]], rtol=1e-6)  # 2 of the output's 5 come from 0 + 2, 3 from 1 + 2
+    transformed = xda.lrp(functools.partial(network, params), composite=composite)
+    np.testing.assert_allclose(x * jax.grad(lambda x: transformed(x)[0, 0])(x), found, rtol=1e-6)
+    report = xda.check_conservation(network, params, x, composite=composite, seed=jnp.asarray([[5.0]]))
+    assert abs(report.lost) < 1e-6 and all(abs(r.lost) < 1e-5 for r in report.rows)
 
 
 class Normalised(nn.Module):
@@ -230,6 +281,33 @@ def test_jit_and_checkpoint_inside_of_the_function_change_nothing(two):
         xda.relevance(fn, two, jnp.asarray(A), seed, composite=composites.epsilon()) for fn in (wrapped, plain)
     )
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_checkpoint_outside_of_loops_is_kept(two):
+    """What jax.checkpoint asked not to keep is computed anew for the relevance as well; rules see through it."""
+
+    def network(params, x, wrap):
+        def part(v):
+            return jax.nn.relu(jnp.maximum(v @ params["w"], 0.0) + params["b"][None])
+
+        return wrap(part)(wrap(part)(x) - 20.0) @ params["w"]
+
+    dots = functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable)
+    x, seed = jnp.asarray(A), jnp.asarray([[1.0, -2.0]])
+    composite = composites.epsilon()
+    plain, kept, policy = (functools.partial(network, wrap=wrap) for wrap in (lambda part: part, jax.checkpoint, dots))
+    expected = xda.relevance(plain, two, x, seed, composite=composite)
+    np.testing.assert_allclose(xda.relevance(kept, two, x, seed, composite=composite), expected, rtol=1e-6)
+    flat = composites.epsilon_plus_flat()
+    np.testing.assert_allclose(
+        xda.relevance(policy, two, x, seed, composite=flat),
+        xda.relevance(plain, two, x, seed, composite=flat),
+        rtol=1e-6,
+    )
+    for fn, expected_policy in ((kept, None), (policy, jax.checkpoint_policies.dots_saveable)):
+        transformed = xda.lrp(functools.partial(lambda p, x, fn=fn: fn(p, x), two), composite=composite)
+        equations = [e for e in jax.make_jaxpr(transformed)(x).eqns if e.primitive.name in ("checkpoint", "remat2")]
+        assert [e.params["policy"] for e in equations] == [expected_policy] * 2
 
 
 def test_tanh_passes_relevance(two):

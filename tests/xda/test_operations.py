@@ -1,0 +1,160 @@
+"""Odd but legitimate functions: relevance is conserved, or one error names the operation and its place."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from dualxda_jax import xda
+from dualxda_jax.xda import composites
+
+
+@jax.custom_jvp
+def leaky(x):
+    return jnp.where(x > 0, x, 0.1 * x)
+
+
+leaky.defjvp(lambda primals, tangents: (leaky(*primals), jnp.where(primals[0] > 0, 1.0, 0.1) * tangents[0]))
+
+
+def hidden(params, x):
+    return jax.nn.relu(x @ params["w"]) + 0.1 * jnp.abs(x)
+
+
+def nested(params, x):
+    return jax.jit(lambda v: jax.jit(leaky)(jax.jit(jnp.matmul)(v, params["w"])))(x)
+
+
+def einsum_with_batch(params, x):
+    """A product with a batch axis: every group of entries has weights of its own."""
+    return jax.nn.relu(jnp.einsum("bgi,gio->bgo", hidden(params, x).reshape(-1, 3, 2), params["g"])).reshape(-1, 6)
+
+
+def windows(params, x):
+    y = hidden(params, x)
+    total = lax.reduce_window(y, 0.0, lax.add, (1, 3), (1, 2), "SAME", window_dilation=(1, 2))
+    return total + lax.reduce_window(y, -jnp.inf, lax.max, (1, 3), (1, 2), ((0, 0), (2, 0)))
+
+
+def moved(params, x):
+    y = hidden(params, x)
+    start = jnp.argmax(x[0]) % 3
+    y = lax.dynamic_update_slice(y, lax.dynamic_slice(y, (0, start), (4, 2)), (0, 1))
+    y = jnp.roll(y[:, jnp.asarray([5, 0, 2, 2, 1])], 2, axis=1)
+    return lax.pad(y, 0.0, ((0, 0, 0), (-1, 2, 1)))
+
+
+def scattered(params, x):
+    """What graph networks do: sum the messages that go to one node."""
+    y = hidden(params, x)
+    nodes = jnp.zeros((4, 3)).at[:, jnp.asarray([0, 1, 2, 0, 1, 2])].add(y)
+    return nodes + jax.ops.segment_sum(y.T, jnp.asarray([2, 2, 1, 1, 0, 0]), 3).T + y.at[:, 0].set(x[:, 1] ** 2)[:, :3]
+
+
+def sums(params, x):
+    y = jnp.cumsum(hidden(params, x), axis=1)
+    return lax.associative_scan(jnp.add, y, axis=1) + lax.cummax(y, axis=1)
+
+
+def chosen(params, x):
+    y = x @ params["w"]
+    which = (jnp.abs(x) * 2).astype(jnp.int32).clip(0, 2)
+    return lax.select_n(which, y, 2 * y, 3 * y) + lax.clamp(0.0, y, 0.5) + jnp.sort(y, axis=1) + lax.top_k(y, 6)[0]
+
+
+def smooth(params, x):
+    y = x @ params["w"]
+    return lax.erf(y) + y**3 + jax.nn.softplus(y) + jax.nn.elu(y) + jax.nn.mish(y) + jax.nn.hard_swish(y) + lax.erfc(y)
+
+
+def halves(params, x):
+    """Parts of one linear layer that meet again: a gate, an outer product."""
+    gated = jax.nn.glu(x @ params["w"])
+    left, middle, right = jnp.split(x @ params["w"], 3, axis=1)
+    return gated[:, :2] * jnp.tanh(left) + middle * jax.nn.sigmoid(right)
+
+
+def shared(params, x):
+    """One layer three times, in parts that stop the gradient of a copy of themselves."""
+    y = hidden(params, hidden(params, x))
+    return hidden(params, y) / lax.stop_gradient(1 + jnp.abs(y))
+
+
+def batches_as_groups(params, x):
+    kernel = params["g"].reshape(3, 1, 4)[:, :, :2]
+    y = lax.conv_general_dilated(
+        hidden(params, x)[..., None], kernel, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"), batch_group_count=2
+    )
+    return jax.nn.relu(y).reshape(4, -1)
+
+
+def transposed(params, x):
+    y = lax.conv_transpose(hidden(params, x)[..., None], params["g"].reshape(3, 1, 4), (2,), "SAME")
+    return jax.nn.relu(y).reshape(4, -1)
+
+
+CONSERVING = [
+    nested,
+    einsum_with_batch,
+    windows,
+    moved,
+    scattered,
+    sums,
+    chosen,
+    smooth,
+    halves,
+    shared,
+    batches_as_groups,
+    transposed,
+]
+
+
+@pytest.fixture(scope="module")
+def given():
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.standard_normal((6, 6)), jnp.float32)}
+    params["g"] = jnp.asarray(rng.standard_normal((3, 2, 2)), jnp.float32)
+    return params, jnp.asarray(rng.standard_normal((4, 6)), jnp.float32)
+
+
+@pytest.mark.parametrize("fn", CONSERVING, ids=lambda fn: fn.__name__)
+def test_outputs_stay_and_relevance_is_conserved(fn, given):
+    params, x = given
+    transformed = jax.jit(lambda x: jax.vjp(xda.lrp(functools.partial(fn, params), composite=composites.epsilon()), x))
+    outputs, transpose = transformed(x)
+    np.testing.assert_allclose(outputs, jax.jit(fn)(params, x), rtol=1e-6, atol=1e-6)
+    assert np.all(np.any(np.asarray(outputs), axis=1)), "the function has to be alive"
+    # The cotangent y at an output y stands for the relevance y².
+    (gradient,) = transpose(outputs)
+    np.testing.assert_allclose((x * gradient).sum(), jnp.square(outputs).sum(), rtol=2e-3)
+
+
+@pytest.mark.parametrize(("fn", "name"), [(scattered, "epsilon"), (halves, "epsilon"), (halves, "epsilon_plus_flat")])
+def test_relevance_handed_to_the_output_arrives(fn, name, given):
+    params, x = given
+    y = jax.jit(fn)(params, x)
+    maps = xda.relevance(fn, params, x, y * y, composite=getattr(composites, name)())
+    np.testing.assert_allclose(maps.sum(1), (y * y).sum(1), rtol=2e-3)
+
+
+REFUSED = {
+    "reduce_window": lambda y: lax.reduce_window(y, 1.0, lax.mul, (1, 2), (1, 2), "VALID"),
+    "cumprod": lambda y: jnp.cumprod(y, axis=1),
+    "log": lambda y: jax.nn.logsumexp(y.reshape(-1, 3, 2), axis=2),
+    "cumlogsumexp": lambda y: lax.cumlogsumexp(y, axis=1),
+    "convert_element_type.*complex": lambda y: jnp.abs(jnp.fft.fft(y)),
+    "convert_element_type.*whole numbers": lambda y: y.astype(jnp.int32).astype(jnp.float32),
+    "stop_gradient.*carry no relevance": lambda y: lax.stop_gradient(y),
+    "pure_callback": lambda y: jax.pure_callback(np.abs, jax.ShapeDtypeStruct(y.shape, y.dtype), y),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_has_no_rule_is_named_with_its_place(what, given):
+    params, x = given
+    name, _, reason = what.partition(".*")
+    with pytest.raises(xda.NoRuleError, match=rf"no rule for `{name}` at .*test_operations.*{reason}"):
+        xda.lrp(lambda x: REFUSED[what](x @ params["w"]), composite=composites.epsilon())(x)
