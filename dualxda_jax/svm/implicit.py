@@ -245,7 +245,7 @@ def _dot(left: Array, right: Array, axes: tuple[int, int] = (1, 0)) -> Array:
     return lax.dot_general(left, right, (((axes[0],), (axes[1],)), ((), ())), precision=lax.Precision.HIGHEST)
 
 
-def _sum_rows(left: Array, right: Array) -> Array:
+def sum_rows(left: Array, right: Array) -> Array:
     """Product leftᵀ · right, replicated: rows across an Explicit mesh axis end in one sum over the devices."""
     if not _row_sharded(right):
         return _dot(left, right, (0, 0))
@@ -267,7 +267,7 @@ def _outer(left: Array, features: Array, scaling: float, chunk: int) -> Array:
     n, k = left.shape
     width = features.shape[1] + (scaling != 0.0)
     if _whole(features, chunk):
-        return _sum_rows(left, _extended(features, scaling))
+        return sum_rows(left, _extended(features, scaling))
 
     def add(number: Array, total: Array) -> Array:
         start = jnp.minimum(number * chunk, n - chunk)
@@ -317,7 +317,7 @@ def _solve(at: Point, face: Face, right: Array, static: Static) -> Array:
         rows = _extended(at.features, scaling) * scale
 
         def apply_all(u: Array) -> Array:
-            return _tangent(face.active, _dot(rows, _sum_rows(u, rows), (1, 1)))
+            return _tangent(face.active, _dot(rows, sum_rows(u, rows), (1, 1)))
 
         return scale * _conjugate_residuals(apply_all, scale * right, _limit(face))
 

@@ -1,10 +1,14 @@
 """The certified solver: `init` and `step` for loops of one's own, `solve` for everybody else."""
 
+import dataclasses
+import functools
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec
 
 from dualxda_jax import _check
 from dualxda_jax.svm import driver, host, implicit
@@ -122,7 +126,7 @@ def solve(
     Raises:
         ValueError: shapes, dtypes, labels or costs that cannot be, and NaN or Inf in the features (outside of a trace).
 
-    Source: Crammer & Singer, JMLR 2001; for the method see `working_set` and `newton`.
+    Source: Crammer & Singer, JMLR 2001; for the method see `block`, `working_set` and `newton`.
     """
     features, labels, costs = prepare(features, labels, num_classes, cost, sample_weight)
     start = start_of(init, features, num_classes, config.intercept_scaling)
@@ -130,7 +134,10 @@ def solve(
         data = driver.Data(features, labels, costs, jnp.ones((), jnp.float64))
         config = driver.resolved(config, features)
         data, start = lax.stop_gradient((data, start))
-        if not in_trace(data, start):
+        rows = _explicit_rows(features)
+        if rows is not None:
+            coefficients, info = _over_explicit_axes(rows, num_classes, config)(data, start)
+        elif not in_trace(data, start):
             coefficients, info = host.solve_on_host(
                 data, start, num_classes=num_classes, config=config, progress=progress
             )
@@ -152,9 +159,26 @@ def solve(
     return solution
 
 
+def _explicit_rows(features: Array) -> PartitionSpec | None:
+    """How the rows lie over the Explicit axes of a mesh; None if they do not."""
+    sharding = getattr(jax.typeof(features), "sharding", None)
+    mesh = getattr(sharding, "mesh", None)
+    if mesh is None or mesh.empty or AxisType.Explicit not in mesh.axis_types:
+        return None
+    return PartitionSpec(sharding.spec[0] if len(sharding.spec) else None)
+
+
+@functools.cache
+def _over_explicit_axes(rows: PartitionSpec, num_classes: int, config: SolverConfig) -> Any:
+    """The solve as one program in which the compiler places what is computed."""
+    nowhere: Any = PartitionSpec()
+    places = PartitionSpec(rows[0], None), SolveInfo(nowhere, nowhere, nowhere, nowhere, nowhere)
+    config = dataclasses.replace(config, method="newton")
+    fit = functools.partial(driver.solve_traced, num_classes=num_classes, config=config)
+    return jax.jit(jax.sharding.auto_axes(fit, out_sharding=places))
+
+
 def _solution(coefficients: Array, features: Array, info: SolveInfo, config: SolverConfig) -> DualSolution:
-    weights = jnp.einsum(
-        "nk,nd->kd", coefficients, features.astype(coefficients.dtype), precision=lax.Precision.HIGHEST
-    )
+    weights = implicit.sum_rows(coefficients, features.astype(coefficients.dtype))
     intercept = config.intercept_scaling**2 * jnp.sum(coefficients, axis=0)
     return DualSolution(coefficients, weights, intercept, config.intercept_scaling, info)
