@@ -161,7 +161,7 @@ def solve(
 
 def _explicit_rows(features: Array) -> PartitionSpec | None:
     """How the rows lie over the Explicit axes of a mesh; None if they do not."""
-    sharding = getattr(jax.typeof(features), "sharding", None)
+    sharding: Any = getattr(jax.typeof(features), "sharding", None)
     mesh = getattr(sharding, "mesh", None)
     if mesh is None or mesh.empty or AxisType.Explicit not in mesh.axis_types:
         return None
