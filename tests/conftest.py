@@ -28,3 +28,10 @@ def x64():
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Compiled programs hold memory maps, of which a process may have 65,530: beyond, the compiler crashes."""
+    yield
+    jax.clear_caches()

@@ -19,12 +19,12 @@ from dualxda_jax.svm.working_set import SolverState
 # Sweeps between steps on the face, and the part of the free samples that may change classes in the last of them.
 SWEEPS, SETTLED = 3, 0.25
 # Cycles without a slack below FALL of the least so far after which the precision is taken to be exhausted.
-PATIENCE, FALL = 15, 0.8
+PATIENCE, FALL = 8, 0.8
 MAX_CYCLES = 100
 # A sweep leaves alone what misses by this part of the mean over all costs of the slack asked for.
 SKIP = 0.02
 # A block leaves this part of the slack that it finds; where that is almost enough, it goes all the way.
-REDUCTION, ALMOST, ENOUGH = 0.1, 4.0, 0.4
+REDUCTION, ALMOST, ENOUGH = 0.3, 4.0, 0.4
 # Rows of a block for every undecided sample.
 ROOM = 1.4
 # Operations that the overhead of visiting one sample is worth; and sweeps that a step on the face may be worth.

@@ -9,8 +9,9 @@ from dualxda_jax import svm
 from dualxda_jax.svm import working_set
 
 
-def test_more_samples_than_are_solved_at_once(rng):
-    n, config = 1300, svm.SolverConfig(block=256)
+@pytest.mark.parametrize("method", ["coordinate", "newton"])
+def test_more_samples_than_are_solved_at_once(rng, method):
+    n, config = 1300, svm.SolverConfig(method=method, block=64)
     labels = rng.integers(0, 3, n).astype(np.int32)
     centres = 1.5 * rng.normal(size=(3, 6))
     features = jnp.asarray(np.maximum(centres[labels] + 0.8 * rng.normal(size=(n, 6)), 0.0), jnp.float32)
@@ -29,7 +30,7 @@ def test_more_samples_than_are_solved_at_once(rng):
 
 
 def test_growing_samples_before_the_whole(rng):
-    n, config = 3000, svm.SolverConfig(block=64)
+    n, config = 3000, svm.SolverConfig(method="newton", block=64)
     labels = np.sort(rng.integers(0, 3, n)).astype(np.int32)
     features = (3.0 * np.eye(3, 5)[labels] + rng.normal(size=(n, 5))).astype(np.float32)
     solution = svm.solve(features, labels, num_classes=3, cost=1e-3, config=config)
