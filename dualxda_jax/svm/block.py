@@ -28,7 +28,7 @@ REDUCTION, ALMOST, ENOUGH = 0.3, 4.0, 0.4
 # Rows of a block for every undecided sample.
 ROOM = 1.4
 # Operations that the overhead of visiting one sample is worth; and sweeps that a step on the face may be worth.
-OVERHEAD, WORTH, MOST_ITERATIONS = 1.2e5, 6, 300
+OVERHEAD, WORTH, MOST_ITERATIONS, FIRST_ITERATIONS = 1.2e5, 6, 300, 16
 
 
 class Solved(NamedTuple):
@@ -40,7 +40,8 @@ class Solved(NamedTuple):
         slack: scalar, what the last sweep saw.
         least: scalar, the least of those.
         since: scalar int32, cycles since that was found.
-        visits: scalar, rows read.
+        visits: scalar, rows read; a step on the face counts as one time all.
+        limit: scalar int32, iterations of the next step on the face.
         cycles: scalar int32.
     """
 
@@ -50,6 +51,7 @@ class Solved(NamedTuple):
     least: Array
     since: Array
     visits: Array
+    limit: Array
     cycles: Array
 
 
@@ -65,7 +67,7 @@ def solve(block: Problem, weights: Array, simplex: Array, goal: Array, visits: A
     """
     dtype = weights.dtype
     goal = goal.astype(dtype)
-    limit = _iterations(weights.shape[1], simplex.shape[0])
+    least, most = FIRST_ITERATIONS, _iterations(weights.shape[1], simplex.shape[0])
     total = jnp.sum(block.cost.astype(dtype), dtype=dtype)
     skip = jnp.maximum(SKIP * goal / jnp.maximum(total, jnp.finfo(dtype).tiny), 0.0)
     rows = block.rows.astype(jnp.float32)
@@ -86,8 +88,10 @@ def solve(block: Problem, weights: Array, simplex: Array, goal: Array, visits: A
         weights, q, slack, changed = lax.fori_loop(nothing, SWEEPS, one, start)
         free = jnp.sum(jnp.sum(q > 0.0, axis=0, dtype=jnp.int32) > 1, dtype=jnp.int32)
         settled = (slack > goal) & (changed.astype(jnp.float32) <= SETTLED * free.astype(jnp.float32))
-        stay = lambda: (weights, q, nothing)  # noqa: E731
-        weights, q, read = lax.cond(settled, lambda: face.improve(block, weights, q, limit), stay)
+        stay = lambda: (weights, q, jnp.asarray(False))  # noqa: E731
+        weights, q, kept = lax.cond(settled, lambda: face.improve(block, weights, q, state.limit), stay)
+        # A step that others got in the way of was too long: most of its iterations were in vain.
+        limit = jnp.clip(jnp.where(kept, 2 * state.limit, state.limit // 2), min(least, most), most)
         fell = slack < FALL * state.least
         return Solved(
             weights,
@@ -95,13 +99,14 @@ def solve(block: Problem, weights: Array, simplex: Array, goal: Array, visits: A
             slack,
             jnp.minimum(slack, state.least),
             jnp.where(fell, 0, state.since + 1).astype(jnp.int32),
-            state.visits + SWEEPS * rows + read.astype(jnp.float32),
+            state.visits + SWEEPS * rows + jnp.where(settled, rows, 0.0),
+            jnp.where(settled, limit, state.limit).astype(jnp.int32),
             state.cycles + 1,
         )
 
     none, zero = jnp.asarray(0, jnp.int32), jnp.zeros((), jnp.float32)
-    infinite = jnp.asarray(jnp.inf, dtype)
-    return lax.while_loop(unfinished, cycle, Solved(weights, simplex, infinite, infinite, none, zero, none))
+    infinite, limit = jnp.asarray(jnp.inf, dtype), jnp.asarray(min(least, most), jnp.int32)
+    return lax.while_loop(unfinished, cycle, Solved(weights, simplex, infinite, infinite, none, zero, limit, none))
 
 
 def _changed(before: Array, after: Array) -> Array:

@@ -56,7 +56,7 @@ class Face(NamedTuple):
     active: Array
 
 
-def improve(problem: Problem, weights: Array, q: Array, limit: int) -> tuple[Array, Array, Array]:
+def improve(problem: Problem, weights: Array, q: Array, limit: Array | int) -> tuple[Array, Array, Array]:
     """Step on the face.
 
     Args:
@@ -66,7 +66,7 @@ def improve(problem: Problem, weights: Array, q: Array, limit: int) -> tuple[Arr
         limit: iterations to take at most.
 
     Returns:
-        (weights, q, rows read).
+        Weights and q after the step, and whether it kept its promise: that nothing much was in its way.
     """
     face = _face_of(problem, q)
     labels = one_hot_of(problem.labels[face.order], q.shape[0], weights.dtype)
@@ -79,9 +79,9 @@ def improve(problem: Problem, weights: Array, q: Array, limit: int) -> tuple[Arr
     z = lax.fori_loop(nothing, face.parts, scores, jnp.zeros_like(face.q))
     # The gradient in u: the scores at norm 1, the margin with them.
     slope = _balanced(face.active, z + problem.margin.astype(z.dtype) * (1.0 - labels) / face.norms[None, :])
-    step, flat, iterations = _solve(face, slope, limit)
+    step, flat = _solve(face, slope, limit)
     promised = 0.5 * jnp.sum(slope * step)
-    change, towards = _search(face, slope, face.q, step, jnp.asarray(SHARES, q.dtype), promised)
+    change, towards, gain = _search(face, slope, face.q, step, jnp.asarray(SHARES, q.dtype), promised)
 
     def follow() -> tuple[Array, Array]:
         now = face.q + change
@@ -89,12 +89,12 @@ def improve(problem: Problem, weights: Array, q: Array, limit: int) -> tuple[Arr
         delta = flat / jnp.where(face.weight > 0.0, face.weight, 1.0)[None, :]
         first = jnp.min(jnp.where(face.active & (delta < 0.0), now / jnp.where(delta < 0.0, -delta, 1.0), jnp.inf))
         reaches = jnp.where(jnp.isfinite(first), first, 0.0) * jnp.asarray(REACHES, q.dtype)
-        more, further = _search(face, rest, now, flat, reaches, jnp.asarray(jnp.inf, q.dtype))
+        more, further, _ = _search(face, rest, now, flat, reaches, jnp.asarray(jnp.inf, q.dtype))
         return change + more, towards + further
 
     change, towards = lax.cond(jnp.any(flat != 0.0), follow, lambda: (change, towards))
     new = q.at[:, jnp.where(face.weight > 0.0, face.order, q.shape[1])].set(face.q + change, mode="drop")
-    return weights - towards, new, iterations * jnp.sum(face.weight > 0.0, dtype=jnp.int32)
+    return weights - towards, new, gain >= PROMISE * promised
 
 
 def _seen(face: Face, image: Array) -> Array:
@@ -144,8 +144,8 @@ def _balanced(active: Array, values: Array) -> Array:
     return jnp.where(active, inside - jnp.sum(inside, axis=0, keepdims=True) / count, 0.0)
 
 
-def _solve(face: Face, slope: Array, limit: int) -> tuple[Array, Array, Array]:
-    """The step [k, p] in u by conjugate gradients, a direction without curvature or zero, and the iterations."""
+def _solve(face: Face, slope: Array, limit: Array | int) -> tuple[Array, Array]:
+    """The step [k, p] in u by conjugate gradients, and a direction without curvature or zero."""
 
     def over_parts(image: Array, share: Array, state: tuple[Array, Array, Array]) -> Any:
         """U and r after a step along p, with Xᵀr and ‖r‖² of the new r."""
@@ -182,12 +182,14 @@ def _solve(face: Face, slope: Array, limit: int) -> tuple[Array, Array, Array]:
     _, _, _, image, square = over_parts(blank, jnp.zeros((), slope.dtype), (nothing, slope, nothing))
     goal = FORCING**2 * square
     first = (nothing, slope, slope, image, square, jnp.asarray(0, jnp.int32))
-    u, _, p, _, square, iterations = lax.while_loop(unfinished, iterate, first)
-    return u, jnp.where(square < 0.0, p, 0.0), iterations
+    u, _, p, _, square, _ = lax.while_loop(unfinished, iterate, first)
+    return u, jnp.where(square < 0.0, p, 0.0)
 
 
-def _search(face: Face, slope: Array, q: Array, step: Array, shares: Array, promised: Array) -> tuple[Array, Array]:
-    """(change of q [k, p], Σ C_i change_i ⊗ φ_i): the share of a step that gains most once it is on the simplices.
+def _search(
+    face: Face, slope: Array, q: Array, step: Array, shares: Array, promised: Array
+) -> tuple[Array, Array, Array]:
+    """The change of q [k, p], Σ C_i change_i ⊗ φ_i, and the gain: of the share that gains most once on the simplices.
 
     Args:
         face: the free samples.
@@ -226,5 +228,5 @@ def _search(face: Face, slope: Array, q: Array, step: Array, shares: Array, prom
     zero = jnp.zeros((), slope.dtype)
     blank = jnp.zeros((slope.shape[0], face.features.shape[1]), slope.dtype)
     first = (zero, jnp.zeros_like(step), blank, jnp.asarray(0, jnp.int32))
-    _, change, image, _ = lax.while_loop(unfinished, attempt, first)
-    return change, image
+    gain, change, image, _ = lax.while_loop(unfinished, attempt, first)
+    return change, image, gain
