@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dualxda_jax import baselines, checkpoint
+from dualxda_jax import baselines, checkpoint, svm
 
 
 @pytest.fixture(scope="module")
