@@ -1,6 +1,6 @@
 """Changes to DualDA that might raise its quality, one option each, to be measured against the method as it is.
 
-What they gain and lose is in `benchmarks/README.md`.
+Nobody has measured yet what they gain and lose; `dualxda evaluate --methods` takes them as rows of its table.
 """
 
 import dataclasses
@@ -139,7 +139,8 @@ def _parts(config: Config, context: Context, params: Params) -> list[Part]:
     centre = raw.mean(axis=0) if config.centre else jnp.zeros_like(raw[0])
     length = jnp.sqrt(jnp.square(raw - centre[None]).sum(axis=1).mean())
     points = _changed(config.normalize, raw, centre, length)
-    logits = _mapped(context.logits, params, context.inputs, config.chunk)
+    asked = config.labels == "predicted" or config.over == "best"
+    logits: Any = _mapped(context.logits, params, context.inputs, config.chunk) if asked else None
     labels = context.labels if config.labels == "given" else logits.argmax(axis=1).astype(context.labels.dtype)
     solve = functools.partial(svm.solve, points, labels, num_classes=context.num_classes, config=config.solver)
     if config.over == "best":

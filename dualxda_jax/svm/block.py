@@ -13,7 +13,7 @@ from jax import lax
 
 from dualxda_jax.svm import coordinate, face, working_set
 from dualxda_jax.svm.config import SolverConfig
-from dualxda_jax.svm.problem import Array, Problem, normalised, places, weights_of
+from dualxda_jax.svm.problem import Array, Problem, normalised, places, weights_of, with_constant
 from dualxda_jax.svm.working_set import SolverState
 
 # Sweeps between steps on the face, and the part of the free samples that may change classes in the last of them.
@@ -167,9 +167,7 @@ def solve_block(
 
 def gather(problem: Problem, index: Array, there: Array, rows: Array, dtype: Any) -> Problem:
     """Rows [m] of a problem as a dense one of their own; the leading `rows` of them count."""
-    features = problem.features[index].astype(dtype)
-    if problem.intercept_scaling != 0.0:
-        features = jnp.concatenate([features, jnp.full_like(features[:, :1], problem.intercept_scaling)], axis=1)
+    features = with_constant(problem.features[index].astype(dtype), problem.intercept_scaling)
     cost = jnp.where(there, problem.cost[index].astype(dtype), 0.0)
     return dataclasses.replace(
         problem, features=features, labels=problem.labels[index], cost=cost, rows=rows, intercept_scaling=0.0

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from dualxda_jax.svm.problem import Array, Problem, contract, one_hot_of, places
+from dualxda_jax.svm.problem import Array, Problem, contract, one_hot_of, places, with_constant
 
 # Samples of a group: its Gram matrix costs as much per sample as the scores of this many classes.
 GROUP = 64
@@ -89,9 +89,7 @@ def sweep(
 
 
 def _rows(problem: Problem, take: Any, counts: Array, k: int, dtype: Any) -> _Rows:
-    features = take(problem.features).astype(dtype)
-    if problem.intercept_scaling != 0.0:
-        features = jnp.concatenate([features, jnp.full_like(features[:, :1], problem.intercept_scaling)], axis=1)
+    features = with_constant(take(problem.features).astype(dtype), problem.intercept_scaling)
     cost = jnp.where(counts, take(problem.cost).astype(dtype), 0.0)
     margin = problem.margin.astype(dtype) * (1.0 - one_hot_of(take(problem.labels), k, dtype))
     return _Rows(features, cost, jnp.sum(features * features, axis=1), margin)

@@ -84,6 +84,13 @@ def contract(left: Array, right: Array, left_axis: int, right_axis: int) -> Arra
     return lax.dot_general(left, right, (((left_axis,), (right_axis,)), ((), ())), precision=lax.Precision.HIGHEST)
 
 
+def with_constant(features: Array, scaling: float) -> Array:
+    """[b, D] features with the constant one behind them, where there is one."""
+    if scaling == 0.0:
+        return features
+    return jnp.concatenate([features, jnp.full_like(features[:, :1], scaling)], axis=1)
+
+
 def scores(chunk: Chunk, weights: Array, scaling: float) -> Array:
     """[k, b] scores of a chunk for weights [k, D]."""
     if scaling == 0.0:

@@ -6,12 +6,12 @@ ones to solve for next: near the optimum a few hundred of 60,000 are free. Held 
 W(α), and what is left is the same problem over few rows: block coordinate ascent on the dual, which cannot lose ground.
 A survey of all samples afterwards finds those that changed their mind, and the gap.
 
-The first W comes from a sample of the rows, at a cost scaled up to weigh as much as all of them.
+Newton's method has its first W from a sample of the rows, at a cost scaled up to weigh as much as all of them.
 
 What lost is in benchmarks/README.md. Surveying at W(α) in place of W left the gap between 8e-3 and 1e-1, since slack
 grows with the distance of the two, times the cost.
 
-Source: the idea is LIBLINEAR's shrinking (Keerthi et al., KDD 2008) with a Newton method inside; the bound on scores is
+Source: the idea is LIBLINEAR's shrinking (Keerthi et al., KDD 2008) with another method inside; the bound on scores is
 that of gap-safe screening (Ndiaye et al., JMLR 2017).
 """
 
@@ -39,6 +39,7 @@ from dualxda_jax.svm.problem import (
     over_rows,
     relative,
     scores,
+    with_constant,
 )
 
 # A block leaves this part of the gap that it finds; where that is almost enough, it goes all the way.
@@ -174,9 +175,7 @@ def _lead(q: Array, z: Array) -> Array:
 def gather(problem: Problem, index: Array, valid: Array, offset: Array) -> newton.Rows:
     """Rows [b] of a problem as a dense block; those that are not valid [b] get no cost."""
     dtype = problem.offset.dtype
-    features = problem.features[index].astype(dtype)
-    if problem.intercept_scaling != 0.0:
-        features = jnp.concatenate([features, jnp.full_like(features[:, :1], problem.intercept_scaling)], axis=1)
+    features = with_constant(problem.features[index].astype(dtype), problem.intercept_scaling)
     one_hot = one_hot_of(problem.labels[index], problem.offset.shape[0], dtype)
     cost = jnp.where(valid, problem.cost[index].astype(dtype), 0.0)
     # float64 features come with problems that need it: tight tolerances, large costs.
