@@ -136,17 +136,35 @@ def solve_block(
     Returns:
         The state with new q and its W(α); what a survey tells is still that of before.
     """
-    n = state.norms.shape[0]
-    index, valid = working_set.least_decided(problem, state, size)
+    index, there = choose(problem.cost, state, size, config)
+    return settle(gather(problem, index, there, dtype), state, index, there, target, config)
+
+
+def choose(costs: Array, state: SolverState, size: int, config: SolverConfig) -> tuple[Array, Array]:
+    """[size] places of the samples to solve for, and which of them count: the leading ones."""
+    index, valid = working_set.least_decided(costs, state, size)
     wanted = jnp.minimum((ROOM * state.undecided.astype(jnp.float32)).astype(jnp.int32), size)
     valid = valid & (jnp.arange(size, dtype=jnp.int32) < jnp.maximum(wanted, min(config.block, size)))
     # In no order: neighbours in rank want the same of W.
     shuffle = jnp.asarray(np.random.default_rng(0).permutation(size).astype(np.int32))
     index, valid = index[shuffle], valid[shuffle]
-    index = index[places(valid, size, 0)]
-    rows = jnp.sum(valid, dtype=jnp.int32)
-    there = jnp.arange(size, dtype=jnp.int32) < rows
-    block = gather(problem, index, there, rows, dtype)
+    return index[places(valid, size, 0)], jnp.arange(size, dtype=jnp.int32) < jnp.sum(valid, dtype=jnp.int32)
+
+
+def settle(
+    block: Problem, state: SolverState, index: Array, there: Array, target: Array, config: SolverConfig
+) -> SolverState:
+    """Solve for chosen samples.
+
+    Args:
+        block: their rows, in the precision to sweep in.
+        state: where the solve stands.
+        index: [size] their places among all.
+        there: [size] bool, which of them count.
+        target: scalar, the relative gap that the solve is after.
+        config: static options.
+    """
+    n, dtype = state.norms.shape[0], block.cost.dtype
     mine = state.simplex[:, index]
     enough = ENOUGH * target * state.primal
     goal = jnp.where(REDUCTION * state.slack <= ALMOST * enough, enough, REDUCTION * state.slack)
@@ -165,10 +183,11 @@ def solve_block(
     )
 
 
-def gather(problem: Problem, index: Array, there: Array, rows: Array, dtype: Any) -> Problem:
-    """Rows [m] of a problem as a dense one of their own; the leading `rows` of them count."""
+def gather(problem: Problem, index: Array, there: Array, dtype: Any) -> Problem:
+    """Rows [m] of a problem as a dense one of their own; those that are `there` [m], the leading ones, count."""
     features = with_constant(problem.features[index].astype(dtype), problem.intercept_scaling)
     cost = jnp.where(there, problem.cost[index].astype(dtype), 0.0)
+    rows = jnp.sum(there, dtype=jnp.int32)
     return dataclasses.replace(
         problem, features=features, labels=problem.labels[index], cost=cost, rows=rows, intercept_scaling=0.0
     )

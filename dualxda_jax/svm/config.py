@@ -29,6 +29,9 @@ class SolverConfig:
         method: how a block is solved. "coordinate": coordinate ascent with steps on the face, sequential but lean, for
             CPUs; "newton": semismooth Newton on the augmented Lagrangian, a few large products, for accelerators;
             "auto": by the device that the features are on, and "newton" where they are spread over several.
+        device_bytes: features in host memory (a NumPy array, a memory-mapped file) that are larger than this stay there
+            and pass through the device in parts of at most this size. None: half of the device's memory where the
+            device tells it, else there is no limit.
     """
 
     tolerance: float = 1e-4
@@ -41,6 +44,7 @@ class SolverConfig:
     max_newton: int = 50
     block: int = 1024
     method: str = "auto"
+    device_bytes: int | None = None
 
     def __post_init__(self) -> None:
         positive = {"tolerance": self.tolerance, "penalty": self.penalty, "accuracy": self.accuracy}
@@ -50,6 +54,8 @@ class SolverConfig:
         for name in ("max_epochs", "chunk", "max_newton", "block"):
             if getattr(self, name) < 1:
                 _check.fail(f"config.{name}", getattr(self, name), "1 or more")
+        if self.device_bytes is not None and self.device_bytes < 1:
+            _check.fail("config.device_bytes", self.device_bytes, "1 or more, or None")
         if self.method not in METHODS:
             _check.fail("config.method", repr(self.method), f"one of {', '.join(METHODS)}")
         if not (math.isfinite(self.growth) and self.growth > 1):

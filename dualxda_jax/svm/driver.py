@@ -57,6 +57,8 @@ def resolved(config: SolverConfig, features: Any) -> SolverConfig:
     if in_trace(features):
         # Where rows lie cannot be seen here: where there are several devices, they may lie on all of them.
         devices, platform = jax.device_count(), jax.default_backend()
+    elif not isinstance(features, jax.Array):
+        devices, platform = 1, jax.default_backend()
     else:
         places = features.devices()
         devices, platform = len(places), next(iter(places)).platform

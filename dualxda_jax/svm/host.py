@@ -6,28 +6,18 @@ the gap is wide.
 """
 
 import dataclasses
-import functools
 import math
+from types import ModuleType
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 
-from dualxda_jax.svm import coordinate, working_set
+from dualxda_jax.svm import resident, streamed, working_set
 from dualxda_jax.svm import rounds as rounds_of
 from dualxda_jax.svm.config import SolverConfig
-from dualxda_jax.svm.driver import (
-    MAX_ROUNDS,
-    Data,
-    certified,
-    first_state,
-    least_block,
-    margin_for,
-    next_target,
-    one_round,
-    problem_from,
-)
-from dualxda_jax.svm.inputs import Start, result_dtype
+from dualxda_jax.svm.driver import MAX_ROUNDS, Data, least_block, margin_for, next_target
+from dualxda_jax.svm.inputs import Start
 from dualxda_jax.svm.problem import Array, one_hot_of, relative
 from dualxda_jax.svm.working_set import SolverState
 from dualxda_jax.types import Progress, SolveInfo
@@ -43,26 +33,9 @@ ROOM = 1.5
 FLOAT32_RISE, FLOAT32_GAP, FLOAT32_FALL = 1e-3, 1e-3, 0.3
 
 
-@functools.partial(jax.jit, static_argnames=("num_classes", "config", "assign"))
-def _surveyed(
-    data: Data, weights: Array, penalty: Array, visits: Array, *, num_classes: int, config: SolverConfig, assign: bool
-) -> SolverState:
-    problem = problem_from(data, num_classes, config)
-    q = jnp.zeros((num_classes, data.features.shape[0]), jnp.float64)
-    return working_set.begin(problem, q, weights, penalty, visits, config, assign=assign)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "num_classes"))
-def _sampled(data: Data, *, num_classes: int, config: SolverConfig) -> tuple[Array, Array, Array]:
-    return working_set.weights_from_sample(problem_from(data, num_classes, config), least_block(config), config)
-
-
-@jax.jit
-def _subset(data: Data, places: Array) -> Data:
-    """Some rows, at costs scaled up to weigh as much as all of them."""
-    costs = data.costs[places]
-    scale = jnp.sum(data.costs) / jnp.maximum(jnp.sum(costs), jnp.finfo(costs.dtype).tiny)
-    return Data(data.features[places], data.labels[places], costs * scale, data.margin)
+def programs_for(data: Data) -> ModuleType:
+    """Where what the loop asks for is: `streamed` for features in host memory, else `resident`."""
+    return streamed if isinstance(data.features, np.ndarray) else resident
 
 
 def solve_on_host(
@@ -71,19 +44,19 @@ def solve_on_host(
     """The solve with its loop on the host: (coefficients [n, k], info)."""
     by_newton = config.method == "newton"
     first, to_gap = (_sampled_start, _by_newton) if by_newton else (_swept_start, _by_coordinates)
-    report = _reporter(progress, config)
+    report, run = _reporter(progress, config), programs_for(data)
     if start is not None or data.features.shape[0] <= least_block(config):
-        state = first_state(data, start, num_classes=num_classes, config=config)
+        state = run.first_state(data, start, num_classes=num_classes, config=config)
     else:
         state = first(data, num_classes, config)
-    size = min(data.features.shape[0], least_block(config))
-    target, dtype = config.tolerance, result_dtype(data.features)
+    size = min(run.most_rows(data, config), least_block(config))
+    target, dtype = config.tolerance, data.costs.dtype
     for rounds in range(MAX_ROUNDS):
         asked = data._replace(margin=margin_for(rounds, config, dtype))
         state, size = to_gap(asked, state, target, size, config, report, rounds > 0)
         if rounds > 0 and not by_newton and dtype != jnp.float64:
-            state = _on_grid(asked, state, num_classes=num_classes, config=config)
-        coefficients, info = certified(data, state, config=config)
+            state = run.on_grid(asked, state, num_classes=num_classes, config=config)
+        coefficients, info = run.certified(data, state, config=config)
         state = dataclasses.replace(state, visits=state.visits + 2.0 * data.features.shape[0])
         if bool(info.converged) or not math.isfinite(float(info.gap)) or int(state.epochs) >= config.max_epochs:
             break
@@ -92,61 +65,29 @@ def solve_on_host(
     return coefficients, info
 
 
-@functools.partial(jax.jit, static_argnames=("num_classes", "config"))
-def _sweep(data: Data, weights: Array, q: Array, *, num_classes: int, config: SolverConfig) -> coordinate.Swept:
-    return rounds_of.sweep_all(problem_from(data, num_classes, config), weights, q)
-
-
-@functools.partial(jax.jit, static_argnames=("num_classes", "config"))
-def _nothing(data: Data, *, num_classes: int, config: SolverConfig) -> tuple[Array, Array]:
-    """W and q of α = 0, in float32."""
-    problem = problem_from(data, num_classes, config)
-    one_hot = one_hot_of(data.labels, num_classes, jnp.float32)
-    return jnp.zeros_like(problem.offset, jnp.float32), one_hot
-
-
-@functools.partial(jax.jit, static_argnames=("num_classes", "config", "precise"))
-def _state_at(
-    data: Data, q: Array, visits: Array, *, num_classes: int, config: SolverConfig, precise: bool
-) -> SolverState:
-    problem = problem_from(data, num_classes, config)
-    return rounds_of.state_at(problem, q, visits, config, None if precise else jnp.float32)
-
-
-@functools.partial(jax.jit, static_argnames=("num_classes", "config"))
-def _handed_over(data: Data, state: SolverState, *, num_classes: int, config: SolverConfig) -> SolverState:
-    """A state by coordinates as Newton's method takes it."""
-    problem = problem_from(data, num_classes, config)
-    soft = working_set.first_penalty(problem, config)
-    return working_set.begin(problem, state.simplex, state.weights, soft, state.visits, config, assign=False)
-
-
-@functools.partial(jax.jit, static_argnames=("num_classes", "config"))
-def _on_grid(data: Data, state: SolverState, *, num_classes: int, config: SolverConfig) -> SolverState:
-    return rounds_of.on_grid(problem_from(data, num_classes, config), state, result_dtype(data.features))
-
-
 def _swept_start(data: Data, num_classes: int, config: SolverConfig) -> SolverState:
-    n = data.features.shape[0]
+    (n, d), run = data.features.shape, programs_for(data)
     given = {"num_classes": num_classes, "config": config}
-    weights, q = _nothing(data, **given)
+    weights = jnp.zeros((num_classes, d + (config.intercept_scaling != 0.0)), jnp.float32)
+    q = one_hot_of(data.labels, num_classes, jnp.float32)
     sweeps = 0
     for sweeps in range(1, min(rounds_of.MOST_SWEEPS, config.max_epochs) + 1):
-        weights, q, _, moved = _sweep(data, weights, q, **given)
+        weights, q, _, moved = run.sweep(data, weights, q, **given)
         if sweeps >= rounds_of.LEAST_SWEEPS and rounds_of.few(int(moved), n):
             break
-    return _state_at(data, q, jnp.asarray(float(sweeps * n)), **given, precise=False)
+    return run.state_at(data, q, jnp.asarray(float(sweeps * n)), **given, precise=False)
 
 
 def _by_coordinates(
     data: Data, state: SolverState, target: float, size: int, config: SolverConfig, report: Any, precise: bool
 ) -> tuple[SolverState, int]:
     """Rounds until the relative gap is reached, or passes run out; the block's size at the end, too."""
-    n, goal = data.features.shape[0], jnp.asarray(target, jnp.float64)
+    n, goal, run = data.features.shape[0], jnp.asarray(target, jnp.float64), programs_for(data)
+    most = run.most_rows(data, config)
     given = {"num_classes": state.weights.shape[0], "config": config}
 
     def exactly(state: SolverState) -> SolverState:
-        return _state_at(data, state.simplex, state.visits + 2.0 * n, **given, precise=True)
+        return run.state_at(data, state.simplex, state.visits + 2.0 * n, **given, precise=True)
 
     if precise:
         state = exactly(state)
@@ -155,18 +96,18 @@ def _by_coordinates(
         report(ratio)
         if poor >= rounds_of.POOR_ROUNDS:
             config = dataclasses.replace(config, method="newton")
-            state = _handed_over(data, state, num_classes=state.weights.shape[0], config=config)
+            state = run.handed_over(data, state, num_classes=state.weights.shape[0], config=config)
             return _by_newton(data, state, target, size, config, report, precise)
         if ratio <= target or int(state.epochs) >= config.max_epochs or (math.isnan(ratio) and precise):
             return state, size
         if not precise and (math.isnan(ratio) or exhausted):
             # What overflows float32 starts anew.
-            state = first_state(data, None, **given) if math.isnan(ratio) else exactly(state)
+            state = run.first_state(data, None, **given) if math.isnan(ratio) else exactly(state)
             ratio, precise = float(relative(state.gap, state.primal)), True
             continue
-        size = _next_size(int(state.undecided), n, config.block)
+        size = _next_size(int(state.undecided), most, config.block)
         last, before = state, ratio
-        state, seen, _ = one_round(data, state, goal, size=size, config=config, precise=precise)
+        state, seen, _ = run.one_round(data, state, goal, size=size, config=config, precise=precise)
         ratio = float(seen)
         poor += precise and bool(rounds_of.poor(last, state))
         stuck = float(state.primal - state.gap - last.primal + last.gap) < FLOAT32_RISE * float(state.gap)
@@ -174,18 +115,18 @@ def _by_coordinates(
 
 
 def _sampled_start(data: Data, num_classes: int, config: SolverConfig) -> SolverState:
-    n = data.features.shape[0]
+    n, run = data.features.shape[0], programs_for(data)
     given = {"num_classes": num_classes, "config": config}
-    least = least_block(config)
-    weights, penalty, visits = _sampled(data, **given)
+    least = min(least_block(config), run.most_rows(data, config))
+    weights, penalty, visits = run.sampled(data, **given, size=least)
     rows = LEVEL_GROWTH * least
-    while rows * LEVEL_GROWTH <= n:
-        part = _subset(data, jnp.asarray(working_set.sample_places(n, rows)))
-        state = _surveyed(part, weights, penalty, jnp.zeros((), jnp.float64), **given, assign=True)
+    while rows * LEVEL_GROWTH <= n and rows <= run.most_rows(data, config):
+        part = run.picked(data, working_set.sample_places(n, rows))
+        state = resident.surveyed(part, weights, penalty, jnp.zeros((), jnp.float64), **given)
         state, _ = _by_newton(part, state, LEVEL_GAP, least, config, lambda ratio: None, False)
         weights, penalty, visits = state.weights, state.penalty, visits + state.visits
         rows *= LEVEL_GROWTH
-    return _surveyed(data, weights, penalty, visits, **given, assign=True)
+    return run.surveyed(data, weights, penalty, visits, **given)
 
 
 def _by_newton(
@@ -193,7 +134,8 @@ def _by_newton(
 ) -> tuple[SolverState, int]:
     """Rounds until the relative gap is reached, or passes run out; the working set's size at the end, too."""
     ratio = float(relative(state.gap, state.primal))
-    n = data.features.shape[0]
+    run = programs_for(data)
+    most = run.most_rows(data, config)
     goal = jnp.asarray(target, jnp.float64)
     always = data.features.dtype == jnp.float64
     precise, at_least = True, int(again)
@@ -206,17 +148,17 @@ def _by_newton(
         ):
             return state, size
         precise = always or ratio <= PRECISE_GAP
-        state, seen, undecided = one_round(data, state, goal, size=size, config=config, precise=precise)
+        state, seen, undecided = run.one_round(data, state, goal, size=size, config=config, precise=precise)
         ratio, at_least = float(seen), at_least - 1
-        size = min(_next_size(int(undecided), n, least_block(config)), max(2 * size, 1))
+        size = min(_next_size(int(undecided), most, least_block(config)), max(2 * size, 1))
 
 
-def _next_size(undecided: int, n: int, least: int) -> int:
+def _next_size(undecided: int, most: int, least: int) -> int:
     """Rows that the next block has room for: a power of two times `least`, so that few programs are compiled."""
     wanted = least
     while wanted < ROOM * undecided:
         wanted *= 2
-    return min(wanted, n)
+    return min(wanted, most)
 
 
 def _reporter(progress: Progress | None, config: SolverConfig) -> Any:

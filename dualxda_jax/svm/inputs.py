@@ -7,14 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from dualxda_jax import _check
+from dualxda_jax.svm.config import SolverConfig
 from dualxda_jax.types import DualSolution
 
 Array = jax.Array
 
 
 def result_dtype(features: Any) -> Any:
-    """float64 for float64 features, else float32."""
-    return jnp.float64 if features.dtype == jnp.float64 else jnp.float32
+    """float64 for float64 features, else float32; for arrays of NumPy it matters whether x64 is on."""
+    dtype = features.dtype
+    if isinstance(features, np.ndarray):
+        dtype = jax.dtypes.canonicalize_dtype(dtype)
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def in_trace(*trees: Any) -> bool:
@@ -22,7 +26,25 @@ def in_trace(*trees: Any) -> bool:
     return _check.is_traced(*trees) or isinstance(jnp.zeros(()), jax.core.Tracer)
 
 
-def prepare(features: Any, labels: Any, num_classes: int, cost: Any, sample_weight: Any) -> tuple[Array, Array, Array]:
+def device_limit(config: SolverConfig) -> int | None:
+    """Bytes of features that may be on the device; None if there is no limit."""
+    if config.device_bytes is not None:
+        return config.device_bytes
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats["bytes_limit"] // 2 if "bytes_limit" in stats else None
+
+
+def stays_on_host(features: Any, config: SolverConfig) -> bool:
+    """Whether features are to pass through the device in parts."""
+    if not isinstance(features, np.ndarray) or in_trace():
+        return False
+    limit = device_limit(config)
+    return limit is not None and features.nbytes > limit
+
+
+def prepare(
+    features: Any, labels: Any, num_classes: int, cost: Any, sample_weight: Any, config: SolverConfig
+) -> tuple[Array, Array, Array]:
     """Check everything and return features, int32 labels and the cost of every sample."""
     if not hasattr(features, "dtype"):
         features = np.asarray(features)
@@ -44,7 +66,8 @@ def prepare(features: Any, labels: Any, num_classes: int, cost: Any, sample_weig
         _check_costs("sample_weight", sample_weight, n, scalar=False)
     if not _check.is_traced(features):
         _check_finite(features)
-    features = jnp.asarray(features)
+    if not (stays_on_host(features, config) and not _check.is_traced(labels, cost, sample_weight)):
+        features = jnp.asarray(features)
     dtype = result_dtype(features)
     costs = jnp.broadcast_to(jnp.asarray(cost).astype(dtype), (n,))
     if sample_weight is not None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dualxda_jax import _check
-from dualxda_jax.svm.config import SolverConfig
+from dualxda_jax.svm.config import DEFAULT, SolverConfig
 from dualxda_jax.svm.inputs import in_trace, prepare, result_dtype
 from dualxda_jax.svm.problem import Array, from_coefficients, primal_and_gap, problem_of, weights_of
 
@@ -34,7 +34,7 @@ def objectives(
     Returns:
         (primal, dual), scalars: float64 NumPy numbers outside of a trace, float32 (float64 under x64) arrays inside.
     """
-    features, labels, costs = prepare(features, labels, num_classes, cost, None)
+    features, labels, costs = prepare(features, labels, num_classes, cost, None, DEFAULT)
     _check.shape("coefficients", coefficients, [features.shape[0], num_classes])
     if not in_trace(features, labels, coefficients, costs):
         x, y, alpha, c = (np.asarray(a) for a in (features, labels, coefficients, costs))

@@ -37,14 +37,24 @@ def step(
         config: static options; `method` is not "auto".
         low: the precision of the survey and, by coordinates, of the block; that of the problem's costs if None.
     """
-    data = problem if low is None else dataclasses.replace(problem, cost=problem.cost.astype(low))
+    data = lowered(problem, low)
     if config.method == "coordinate":
         moved = block.solve_block(problem, state, target, size, config, data.cost.dtype)
     else:
         moved = working_set.solve_block(problem, state, target, size, config)
     exact = config.method == "coordinate"
     seen = working_set.survey(data, moved.weights, moved.simplex, assign=False, exact=exact)
-    return dataclasses.replace(moved, visits=moved.visits + float(state.norms.shape[0]), **seen)
+    return looked_at(moved, seen)
+
+
+def lowered(problem: Problem, low: Any) -> Problem:
+    """The problem in another working precision, if one is given."""
+    return problem if low is None else dataclasses.replace(problem, cost=problem.cost.astype(low))
+
+
+def looked_at(state: SolverState, seen: dict[str, Array]) -> SolverState:
+    """The state after a survey."""
+    return dataclasses.replace(state, visits=state.visits + float(state.norms.shape[0]), **seen)
 
 
 def sweep_all(problem: Problem, weights: Array, simplex: Array) -> coordinate.Swept:
@@ -57,20 +67,18 @@ def sweep_all(problem: Problem, weights: Array, simplex: Array) -> coordinate.Sw
     return coordinate.sweep(low, weights, simplex, jnp.asarray(SKIP, weights.dtype), spread=jnp.asarray(spread))
 
 
-def on_grid(problem: Problem, state: SolverState, grid: Any) -> SolverState:
-    """The state with dual variables that `grid`, a narrower dtype, holds exactly.
+def on_grid(problem: Problem, state: SolverState, grid: Any, places: Array | None = None) -> SolverState:
+    """The state with dual variables that `grid`, a narrower dtype, holds exactly; those at `places` if given.
 
     Rounding each by itself moves the scores of all free samples, and where costs are large every little counts. A sweep
     that rounds as it goes lets every sample make up for what the ones before it lost.
     """
-    swept = coordinate.sweep(problem, state.weights, state.simplex, jnp.zeros((), state.weights.dtype), grid=grid)
-    return dataclasses.replace(
-        state,
-        weights=swept.weights,
-        made=swept.weights,
-        simplex=swept.simplex,
-        visits=state.visits + state.norms.shape[0],
-    )
+    n = state.norms.shape[0]
+    q = state.simplex if places is None else state.simplex[:, jnp.minimum(places, n - 1)]
+    swept = coordinate.sweep(problem, state.weights, q, jnp.zeros((), state.weights.dtype), grid=grid)
+    simplex = swept.simplex if places is None else state.simplex.at[:, places].set(swept.simplex, mode="drop")
+    visits = state.visits + q.shape[1]
+    return dataclasses.replace(state, weights=swept.weights, made=swept.weights, simplex=simplex, visits=visits)
 
 
 def poor(before: SolverState, after: SolverState) -> Array:
@@ -85,7 +93,7 @@ def few(moved: Any, n: int) -> Any:
 
 def state_at(problem: Problem, simplex: Array, visits: Array, config: SolverConfig, low: Any = None) -> SolverState:
     """The state at q, with W(α) made anew."""
-    data = problem if low is None else dataclasses.replace(problem, cost=problem.cost.astype(low))
+    data = lowered(problem, low)
     simplex = normalised(simplex, problem.offset.dtype)
     none = jnp.zeros((), problem.offset.dtype)
     return working_set.begin(data, simplex, weights_of(data, simplex), none, visits, config, assign=False, exact=True)

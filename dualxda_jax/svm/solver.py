@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 from dualxda_jax import _check
-from dualxda_jax.svm import driver, host, implicit
+from dualxda_jax.svm import driver, host, implicit, streamed
 from dualxda_jax.svm.config import DEFAULT, NotConvergedWarning, SolverConfig
 from dualxda_jax.svm.inputs import in_trace, prepare, result_dtype, start_of
 from dualxda_jax.svm.problem import Array
@@ -30,12 +31,12 @@ def init(
     sample_weight: Array | None = None,
 ) -> SolverState:
     """The state from which `step` starts. Arguments as `solve`'s."""
-    features, labels, costs = prepare(features, labels, num_classes, cost, sample_weight)
+    features, labels, costs = prepare(features, labels, num_classes, cost, sample_weight, config)
     start = start_of(init, features, num_classes, config.intercept_scaling)
     with jax.enable_x64(True):
         data = driver.Data(features, labels, costs, jnp.ones((), jnp.float64))
         config = driver.resolved(config, features)
-        return driver.first_state(data, start, num_classes=num_classes, config=config)
+        return host.programs_for(data).first_state(data, start, num_classes=num_classes, config=config)
 
 
 def step(
@@ -59,13 +60,14 @@ def step(
     Returns:
         The new state and how far it is.
     """
-    features, labels, costs = prepare(features, labels, num_classes, cost, sample_weight)
+    features, labels, costs = prepare(features, labels, num_classes, cost, sample_weight, config)
     with jax.enable_x64(True):
         data = driver.Data(features, labels, costs, jnp.ones((), jnp.float64))
         config = driver.resolved(config, features)
         target = jnp.asarray(config.tolerance, jnp.float64)
-        size = min(features.shape[0], driver.NEWTON_BLOCKS * config.block)
-        state, *_ = driver.one_round(data, state, target, size=size, config=config, precise=True)
+        run = host.programs_for(data)
+        size = min(run.most_rows(data, config), driver.NEWTON_BLOCKS * config.block)
+        state, *_ = run.one_round(data, state, target, size=size, config=config, precise=True)
         return state, driver.info_of(state.primal, state.gap, state.epochs, config, result_dtype(features))
 
 
@@ -84,11 +86,12 @@ def finish(
     Args:
         state: from `init` or `step`; every other argument as given to `init`.
     """
-    features, labels, costs = prepare(features, labels, num_classes, cost, sample_weight)
+    features, labels, costs = prepare(features, labels, num_classes, cost, sample_weight, config)
     with jax.enable_x64(True):
         data = driver.Data(features, labels, costs, jnp.ones((), jnp.float64))
-        coefficients, info = driver.certified(data, state, config=driver.resolved(config, features))
-    return _solution(coefficients, features, info, config)
+        config = driver.resolved(config, features)
+        coefficients, info = host.programs_for(data).certified(data, state, config=config)
+        return _solution(coefficients, data, info, config)
 
 
 def solve(
@@ -108,7 +111,8 @@ def solve(
     float64 whatever dtype comes in and whether or not x64 is enabled; features are cast chunk by chunk.
 
     Args:
-        features: [n, d] floating point.
+        features: [n, d] floating point. NumPy arrays and memory-mapped files beyond `config.device_bytes` stay where
+            they are and pass through the device in parts; there are no derivatives then.
         labels: [n] integers in 0..k-1.
         num_classes: k, 2 or more.
         cost: scalar C or one per sample [n]; 0 leaves a sample out.
@@ -128,12 +132,13 @@ def solve(
 
     Source: Crammer & Singer, JMLR 2001; for the method see `block`, `working_set` and `newton`.
     """
-    features, labels, costs = prepare(features, labels, num_classes, cost, sample_weight)
+    features, labels, costs = prepare(features, labels, num_classes, cost, sample_weight, config)
     start = start_of(init, features, num_classes, config.intercept_scaling)
     with jax.enable_x64(True):
         data = driver.Data(features, labels, costs, jnp.ones((), jnp.float64))
         config = driver.resolved(config, features)
-        data, start = lax.stop_gradient((data, start))
+        if not isinstance(features, np.ndarray):
+            data, start = lax.stop_gradient((data, start))
         rows = _explicit_rows(features)
         if rows is not None:
             coefficients, info = _over_explicit_axes(rows, num_classes, config)(data, start)
@@ -145,10 +150,11 @@ def solve(
             coefficients, info = driver.solve_traced(data, start, num_classes=num_classes, config=config)
         else:
             _check.fail("progress", "a callback inside a trace", "None there")
-    coefficients = implicit.attach(
-        coefficients, features, labels, costs, num_classes=num_classes, intercept_scaling=config.intercept_scaling
-    )
-    solution = _solution(coefficients, features, info, config)
+    if not isinstance(features, np.ndarray):
+        coefficients = implicit.attach(
+            coefficients, features, labels, costs, num_classes=num_classes, intercept_scaling=config.intercept_scaling
+        )
+    solution = _solution(coefficients, driver.Data(features, labels, costs, data.margin), info, config)
     if not in_trace(solution) and not bool(info.converged):
         warnings.warn(
             f"svm.solve reached a relative duality gap of {float(info.gap):.2e}, not the tolerance of "
@@ -178,7 +184,11 @@ def _over_explicit_axes(rows: PartitionSpec, num_classes: int, config: SolverCon
     return jax.jit(jax.sharding.auto_axes(fit, out_sharding=places))
 
 
-def _solution(coefficients: Array, features: Array, info: SolveInfo, config: SolverConfig) -> DualSolution:
-    weights = implicit.sum_rows(coefficients, features.astype(coefficients.dtype))
+def _solution(coefficients: Array, data: driver.Data, info: SolveInfo, config: SolverConfig) -> DualSolution:
+    if isinstance(data.features, np.ndarray):
+        with jax.enable_x64(True):
+            weights = streamed.solution_weights(data, coefficients, config=config)
+    else:
+        weights = implicit.sum_rows(coefficients, data.features.astype(coefficients.dtype))
     intercept = config.intercept_scaling**2 * jnp.sum(coefficients, axis=0)
     return DualSolution(coefficients, weights, intercept, config.intercept_scaling, info)

@@ -191,7 +191,11 @@ def sample_places(n: int, size: int) -> np.ndarray:
 
 def first_penalty(problem: Problem, config: SolverConfig) -> Array:
     """At a large cost the first inner problem would be as hard as the last: begin with a softer one."""
-    curvature = largest_curvature(problem).astype(problem.offset.dtype)
+    return softest(largest_curvature(problem).astype(problem.offset.dtype), config)
+
+
+def softest(curvature: Array, config: SolverConfig) -> Array:
+    """The first penalty for the largest cost times squared norm."""
     return config.penalty * jnp.minimum(1.0, STIFF / jnp.maximum(curvature, 1e-30))
 
 
@@ -237,12 +241,12 @@ def begin(
     )
 
 
-def least_decided(problem: Problem, state: SolverState, size: int) -> tuple[Array, Array]:
+def least_decided(costs: Array, state: SolverState, size: int) -> tuple[Array, Array]:
     """[size] places of the samples with the smallest lead for their norm, in that order, and which of them can move."""
     n = state.norms.shape[0]
     # What has no cost has no say, what has no features needs to find its class once, and NaN must not hide the others.
     settled = (state.norms == 0.0) & (state.lead >= -2.0 * BARELY)
-    fixed = settled | (problem.cost == 0.0) | jnp.isnan(state.lead)
+    fixed = settled | (costs == 0.0) | jnp.isnan(state.lead)
     order = jnp.where(fixed, jnp.inf, state.lead / jnp.maximum(state.norms, SHORTEST))
     index = lax.top_k(-order, size)[1].astype(jnp.int32) if size < n else jnp.arange(n, dtype=jnp.int32)
     return index, jnp.isfinite(order[index])
@@ -261,10 +265,14 @@ def solve_block(problem: Problem, state: SolverState, target: Array, size: int, 
     Returns:
         The state with new weights, q and penalty; what a survey tells is still that of before.
     """
-    n = state.norms.shape[0]
-    index, valid = least_decided(problem, state, size)
+    index, valid = least_decided(problem.cost, state, size)
+    return settle(gather(problem, index, valid, state.made), state, index, target, config)
+
+
+def settle(rows: newton.Rows, state: SolverState, index: Array, target: Array, config: SolverConfig) -> SolverState:
+    """Solve for chosen samples, whose rows these are and whose places among all are `index` [size]."""
+    n, size = state.norms.shape[0], index.shape[0]
     mine = state.simplex[:, index]
-    rows = gather(problem, index, valid, state.made)
     held = state.made - contract(alpha_of(mine, rows.one_hot, rows.cost), rows.features, 1, 0)
     rows = rows._replace(offset=held)
     enough = 0.4 * target * state.primal
