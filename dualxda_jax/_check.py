@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -41,9 +42,20 @@ def integers(argument: str, array: Any) -> None:
         fail(argument, f"dtype {dtype}", "integers")
 
 
+def elsewhere(values: Any) -> bool:
+    """Whether a part of an array is on devices of other processes, so that it cannot be looked at here."""
+    return isinstance(values, jax.Array) and not values.is_fully_addressable and not values.is_fully_replicated
+
+
 def class_range(argument: str, values: Any, num_classes: int) -> None:
     """Check that concrete labels lie in 0..k-1; does nothing inside a trace, where values are unknown."""
     if is_traced(values):
+        return
+    if elsewhere(values):
+        # Every process comes to the same end.
+        least, most = int(jnp.min(values)), int(jnp.max(values))
+        if least < 0 or most >= num_classes:
+            fail(argument, f"values from {least} to {most}", f"in 0..{num_classes - 1}")
         return
     values = np.asarray(values)
     if values.size and (values.min() < 0 or values.max() >= num_classes):

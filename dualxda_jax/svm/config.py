@@ -29,6 +29,8 @@ class SolverConfig:
         method: how a block is solved. "coordinate": coordinate ascent with steps on the face, sequential but lean, for
             CPUs; "newton": semismooth Newton on the augmented Lagrangian, a few large products, for accelerators;
             "auto": by the device that the features are on, and "newton" where they are spread over several.
+        axis: the mesh axis, or axes, that the rows lie over, for `jit` over a mesh of Auto axes (`jax.set_mesh`), where
+            features do not tell how they lie. Without it the compiler may gather them on every device.
         device_bytes: features in host memory (a NumPy array, a memory-mapped file) that are larger than this stay there
             and pass through the device in parts of at most this size. None: half of the device's memory where the
             device tells it, else there is no limit.
@@ -44,6 +46,7 @@ class SolverConfig:
     max_newton: int = 50
     block: int = 1024
     method: str = "auto"
+    axis: str | tuple[str, ...] | None = None
     device_bytes: int | None = None
 
     def __post_init__(self) -> None:

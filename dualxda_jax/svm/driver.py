@@ -23,6 +23,7 @@ from dualxda_jax.svm.problem import (
     primal_and_gap,
     problem_of,
     relative,
+    summed,
     to_coefficients,
     weights_of,
 )
@@ -52,6 +53,7 @@ def problem_from(data: Data, num_classes: int, config: SolverConfig) -> Problem:
 
 def resolved(config: SolverConfig, features: Any) -> SolverConfig:
     """The config with a method in the place of "auto"."""
+    config = dataclasses.replace(config, axis=None)
     if config.method != "auto":
         return config
     if in_trace(features):
@@ -93,7 +95,7 @@ def begin(data: Data, start: Start | None, num_classes: int, config: SolverConfi
         return _warm(problem, start, config)
     nothing = from_coefficients(jnp.zeros((n, k), jnp.float64), problem.labels, problem.cost)
     by_newton = config.method == "newton"
-    if n <= least_block(config):
+    if problem.count <= least_block(config):
         penalty = working_set.first_penalty(problem, config) if by_newton else none
         return working_set.begin(
             problem, nothing, jnp.zeros_like(problem.offset), penalty, none, config, assign=False, exact=not by_newton
@@ -161,7 +163,7 @@ def next_target(target: Any, config: SolverConfig) -> Any:
 def solve_traced(data: Data, start: Start | None, *, num_classes: int, config: SolverConfig) -> tuple[Array, SolveInfo]:
     """The whole solve as one program: (coefficients [n, k], info)."""
     problem = problem_from(data, num_classes, config)
-    n, dtype = data.features.shape[0], result_dtype(data.features)
+    n, dtype = problem.count, result_dtype(data.features)
     size = min(n, max(NEWTON_BLOCKS * config.block, -(-n // 8)))
     state = begin(data, start, num_classes, config)
 
@@ -202,7 +204,7 @@ def solve_traced(data: Data, start: Start | None, *, num_classes: int, config: S
         return state, next_target(target, config), found, rounds + 1, poor
 
     zero = jnp.zeros((), jnp.float64)
-    nothing = (jnp.zeros((n, num_classes), dtype), zero, zero)
+    nothing = (jnp.zeros((data.features.shape[0], num_classes), dtype), zero, zero)
     none = jnp.asarray(0, jnp.int32)
     first = (state, jnp.asarray(config.tolerance, jnp.float64), nothing, none, none)
     state, _, (coefficients, primal, gap), *_ = lax.while_loop(again, refine, first)
@@ -222,7 +224,7 @@ def one_round(
     """A round, and what the host decides by: the relative gap, and how many samples are undecided."""
     problem = problem_from(data, state.weights.shape[0], config)
     state = rounds_of.step(problem, state, target, size, config, None if precise else jnp.float32)
-    return state, relative(state.gap, state.primal), state.undecided
+    return state, relative(state.gap, state.primal), summed(state.undecided, problem.axis)
 
 
 @functools.partial(jax.jit, static_argnames=("config",))

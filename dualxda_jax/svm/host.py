@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from dualxda_jax.svm import resident, streamed, working_set
+from dualxda_jax.svm import resident, sharded, streamed, working_set
 from dualxda_jax.svm import rounds as rounds_of
 from dualxda_jax.svm.config import SolverConfig
 from dualxda_jax.svm.driver import MAX_ROUNDS, Data, least_block, margin_for, next_target
@@ -33,9 +33,11 @@ ROOM = 1.5
 FLOAT32_RISE, FLOAT32_GAP, FLOAT32_FALL = 1e-3, 1e-3, 0.3
 
 
-def programs_for(data: Data) -> ModuleType:
-    """Where what the loop asks for is: `streamed` for features in host memory, else `resident`."""
-    return streamed if isinstance(data.features, np.ndarray) else resident
+def programs_for(data: Data, config: SolverConfig) -> ModuleType:
+    """Where what the loop asks for is: by where the features are."""
+    if isinstance(data.features, np.ndarray):
+        return streamed
+    return resident if config.axis is None else sharded
 
 
 def solve_on_host(
@@ -44,7 +46,7 @@ def solve_on_host(
     """The solve with its loop on the host: (coefficients [n, k], info)."""
     by_newton = config.method == "newton"
     first, to_gap = (_sampled_start, _by_newton) if by_newton else (_swept_start, _by_coordinates)
-    report, run = _reporter(progress, config), programs_for(data)
+    report, run = _reporter(progress, config), programs_for(data, config)
     if start is not None or data.features.shape[0] <= least_block(config):
         state = run.first_state(data, start, num_classes=num_classes, config=config)
     else:
@@ -66,7 +68,7 @@ def solve_on_host(
 
 
 def _swept_start(data: Data, num_classes: int, config: SolverConfig) -> SolverState:
-    (n, d), run = data.features.shape, programs_for(data)
+    (n, d), run = data.features.shape, programs_for(data, config)
     given = {"num_classes": num_classes, "config": config}
     weights = jnp.zeros((num_classes, d + (config.intercept_scaling != 0.0)), jnp.float32)
     q = one_hot_of(data.labels, num_classes, jnp.float32)
@@ -82,7 +84,7 @@ def _by_coordinates(
     data: Data, state: SolverState, target: float, size: int, config: SolverConfig, report: Any, precise: bool
 ) -> tuple[SolverState, int]:
     """Rounds until the relative gap is reached, or passes run out; the block's size at the end, too."""
-    n, goal, run = data.features.shape[0], jnp.asarray(target, jnp.float64), programs_for(data)
+    n, goal, run = data.features.shape[0], jnp.asarray(target, jnp.float64), programs_for(data, config)
     most = run.most_rows(data, config)
     given = {"num_classes": state.weights.shape[0], "config": config}
 
@@ -115,15 +117,17 @@ def _by_coordinates(
 
 
 def _sampled_start(data: Data, num_classes: int, config: SolverConfig) -> SolverState:
-    n, run = data.features.shape[0], programs_for(data)
+    n, run = data.features.shape[0], programs_for(data, config)
     given = {"num_classes": num_classes, "config": config}
     least = min(least_block(config), run.most_rows(data, config))
     weights, penalty, visits = run.sampled(data, **given, size=least)
-    rows = LEVEL_GROWTH * least
+    rows, alone = LEVEL_GROWTH * least, dataclasses.replace(config, axis=None)
     while rows * LEVEL_GROWTH <= n and rows <= run.most_rows(data, config):
         part = run.picked(data, working_set.sample_places(n, rows))
-        state = resident.surveyed(part, weights, penalty, jnp.zeros((), jnp.float64), **given)
-        state, _ = _by_newton(part, state, LEVEL_GAP, least, config, lambda ratio: None, False)
+        state = resident.surveyed(
+            part, weights, penalty, jnp.zeros((), jnp.float64), num_classes=num_classes, config=alone
+        )
+        state, _ = _by_newton(part, state, LEVEL_GAP, least, alone, lambda ratio: None, False)
         weights, penalty, visits = state.weights, state.penalty, visits + state.visits
         rows *= LEVEL_GROWTH
     return run.surveyed(data, weights, penalty, visits, **given)
@@ -134,7 +138,7 @@ def _by_newton(
 ) -> tuple[SolverState, int]:
     """Rounds until the relative gap is reached, or passes run out; the working set's size at the end, too."""
     ratio = float(relative(state.gap, state.primal))
-    run = programs_for(data)
+    run = programs_for(data, config)
     most = run.most_rows(data, config)
     goal = jnp.asarray(target, jnp.float64)
     always = data.features.dtype == jnp.float64

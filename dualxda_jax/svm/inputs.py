@@ -30,7 +30,7 @@ def device_limit(config: SolverConfig) -> int | None:
     """Bytes of features that may be on the device; None if there is no limit."""
     if config.device_bytes is not None:
         return config.device_bytes
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     return stats["bytes_limit"] // 2 if "bytes_limit" in stats else None
 
 
@@ -86,6 +86,10 @@ def _check_costs(name: str, values: Any, n: int, *, scalar: bool) -> None:
         _check.fail(name, f"shape {shape}", f"a scalar or [{n}]" if scalar else f"[{n}]")
     if _check.is_traced(values):
         return
+    if _check.elsewhere(values):
+        if not bool(jnp.all(jnp.isfinite(values) & (values >= 0))):
+            _check.fail(name, "some that are not", "finite and 0 or more")
+        return
     values = np.asarray(values, np.float64)
     wrong = ~np.isfinite(values) | (values < 0.0)
     if wrong.any():
@@ -102,6 +106,8 @@ def _all_finite(features: Array) -> Array:
 def _check_finite(features: Any) -> None:
     if isinstance(features, jax.Array) and not in_trace() and bool(_all_finite(features)):
         return
+    if _check.elsewhere(features):
+        _check.fail("features", "NaN or Inf in some rows", "finite")
     # NumPy, so that concrete features inside somebody's trace can be looked at as well.
     values = np.asarray(features)
     parts = [values[i : i + 65536].astype(np.float32) for i in range(0, len(values), 65536)]

@@ -26,6 +26,8 @@ from dualxda_jax.svm.config import SolverConfig
 
 Array = jax.Array
 
+Axis = str | tuple[str, ...] | None
+
 TINY = 1e-30
 
 
@@ -43,6 +45,7 @@ class Problem:
         margin: scalar, the margin asked for; 1 but where rounding needs slack.
         intercept_scaling: static, b.
         chunk: static, rows that a pass holds at once.
+        axis: static, the mesh axes that the rows lie over where this is one device's part of them, inside of shard_map.
     """
 
     features: Array
@@ -53,6 +56,35 @@ class Problem:
     margin: Array
     intercept_scaling: float = dataclasses.field(metadata={"static": True})
     chunk: int = dataclasses.field(metadata={"static": True})
+    axis: Axis = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def count(self) -> int:
+        """All samples, those of other devices included."""
+        return int(self.features.shape[0]) * (1 if self.axis is None else lax.psum(1, self.axis))
+
+
+def summed(value: Any, axis: Axis) -> Any:
+    """The sum over the devices that the rows lie over."""
+    return value if axis is None else lax.psum(value, axis)
+
+
+def taken(array: Array, index: Array, axis: Axis, dimension: int = 0) -> Array:
+    """Entries of an array over samples, wherever they are, on every device."""
+    if axis is None:
+        return jnp.take(array, index, axis=dimension)
+    place, here = place_of(index, array.shape[dimension], axis)
+    shape = [-1 if i == dimension else 1 for i in range(array.ndim)]
+    mine = jnp.take(array, jnp.where(here, place, 0), axis=dimension)
+    return lax.psum(jnp.where(here.reshape(shape), mine, jnp.zeros((), array.dtype)), axis)
+
+
+def place_of(index: Array, n: int, axis: Axis) -> tuple[Array, Array]:
+    """Places of samples among the n of this device, and which of them it has."""
+    if axis is None:
+        return index, jnp.full(index.shape, True)
+    place = index - lax.axis_index(axis).astype(index.dtype) * n
+    return place, (place >= 0) & (place < n)
 
 
 def problem_of(features: Array, labels: Array, costs: Array, num_classes: int, config: SolverConfig) -> Problem:
@@ -67,6 +99,7 @@ def problem_of(features: Array, labels: Array, costs: Array, num_classes: int, c
         jnp.ones((), jnp.float64),
         config.intercept_scaling,
         config.chunk,
+        config.axis,
     )
 
 
@@ -148,7 +181,8 @@ def largest_curvature(problem: Problem) -> Array:
         square = jnp.sum(chunk.features * chunk.features, axis=1) + problem.intercept_scaling**2
         return jnp.maximum(largest, jnp.max(chunk.cost * square))
 
-    return over_rows(problem, problem.offset.shape[0], add, jnp.zeros((), problem.cost.dtype))
+    largest = over_rows(problem, problem.offset.shape[0], add, jnp.zeros((), problem.cost.dtype))
+    return largest if problem.axis is None else lax.pmax(largest, problem.axis)
 
 
 def weights_of(problem: Problem, simplex: Array) -> Array:
@@ -158,7 +192,8 @@ def weights_of(problem: Problem, simplex: Array) -> Array:
         alpha = alpha_of(columns(simplex, start, chunk).astype(chunk.cost.dtype), chunk.one_hot, chunk.cost)
         return total + outer(alpha, chunk, problem.intercept_scaling).astype(total.dtype)
 
-    return over_rows(problem, simplex.shape[0], add, problem.offset)
+    total = over_rows(problem, simplex.shape[0], add, jnp.zeros_like(problem.offset))
+    return problem.offset + summed(total, problem.axis)
 
 
 def primal_and_gap(problem: Problem, weights: Array, simplex: Array) -> tuple[Array, Array]:
@@ -180,7 +215,7 @@ def primal_and_gap(problem: Problem, weights: Array, simplex: Array) -> tuple[Ar
         return total[0] + jnp.sum(chunk.cost * hinge), total[1] + jnp.sum(chunk.cost * slack)
 
     zero = jnp.zeros((), simplex.dtype)
-    loss, gap = over_rows(problem, simplex.shape[0], add, (zero, zero))
+    loss, gap = summed(over_rows(problem, simplex.shape[0], add, (zero, zero)), problem.axis)
     return 0.5 * jnp.sum(weights * weights) + loss, gap
 
 

@@ -54,7 +54,7 @@ def lowered(problem: Problem, low: Any) -> Problem:
 
 def looked_at(state: SolverState, seen: dict[str, Array]) -> SolverState:
     """The state after a survey."""
-    return dataclasses.replace(state, visits=state.visits + float(state.norms.shape[0]), **seen)
+    return dataclasses.replace(state, visits=state.visits + state.samples, **seen)
 
 
 def sweep_all(problem: Problem, weights: Array, simplex: Array) -> coordinate.Swept:

@@ -1,7 +1,5 @@
 """The certified solver: `init` and `step` for loops of one's own, `solve` for everybody else."""
 
-import dataclasses
-import functools
 import warnings
 from typing import Any
 
@@ -9,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, PartitionSpec
 
 from dualxda_jax import _check
-from dualxda_jax.svm import driver, host, implicit, streamed
+from dualxda_jax.svm import driver, host, implicit, sharded, streamed
 from dualxda_jax.svm.config import DEFAULT, NotConvergedWarning, SolverConfig
 from dualxda_jax.svm.inputs import in_trace, prepare, result_dtype, start_of
 from dualxda_jax.svm.problem import Array
@@ -35,8 +32,8 @@ def init(
     start = start_of(init, features, num_classes, config.intercept_scaling)
     with jax.enable_x64(True):
         data = driver.Data(features, labels, costs, jnp.ones((), jnp.float64))
-        config = driver.resolved(config, features)
-        return host.programs_for(data).first_state(data, start, num_classes=num_classes, config=config)
+        data, start, config, _ = _placed(data, start, config)
+        return host.programs_for(data, config).first_state(data, start, num_classes=num_classes, config=config)
 
 
 def step(
@@ -63,9 +60,9 @@ def step(
     features, labels, costs = prepare(features, labels, num_classes, cost, sample_weight, config)
     with jax.enable_x64(True):
         data = driver.Data(features, labels, costs, jnp.ones((), jnp.float64))
-        config = driver.resolved(config, features)
+        data, _, config, _ = _placed(data, None, config)
         target = jnp.asarray(config.tolerance, jnp.float64)
-        run = host.programs_for(data)
+        run = host.programs_for(data, config)
         size = min(run.most_rows(data, config), driver.NEWTON_BLOCKS * config.block)
         state, *_ = run.one_round(data, state, target, size=size, config=config, precise=True)
         return state, driver.info_of(state.primal, state.gap, state.epochs, config, result_dtype(features))
@@ -89,8 +86,8 @@ def finish(
     features, labels, costs = prepare(features, labels, num_classes, cost, sample_weight, config)
     with jax.enable_x64(True):
         data = driver.Data(features, labels, costs, jnp.ones((), jnp.float64))
-        config = driver.resolved(config, features)
-        coefficients, info = host.programs_for(data).certified(data, state, config=config)
+        data, _, config, _ = _placed(data, None, config)
+        coefficients, info = host.programs_for(data, config).certified(data, state, config=config)
         return _solution(coefficients, data, info, config)
 
 
@@ -136,20 +133,19 @@ def solve(
     start = start_of(init, features, num_classes, config.intercept_scaling)
     with jax.enable_x64(True):
         data = driver.Data(features, labels, costs, jnp.ones((), jnp.float64))
-        config = driver.resolved(config, features)
         if not isinstance(features, np.ndarray):
             data, start = lax.stop_gradient((data, start))
-        rows = _explicit_rows(features)
-        if rows is not None:
-            coefficients, info = _over_explicit_axes(rows, num_classes, config)(data, start)
-        elif not in_trace(data, start):
+        data, start, config, rows = _placed(data, start, config)
+        if not in_trace(data, start):
             coefficients, info = host.solve_on_host(
                 data, start, num_classes=num_classes, config=config, progress=progress
             )
-        elif progress is None:
-            coefficients, info = driver.solve_traced(data, start, num_classes=num_classes, config=config)
-        else:
+        elif progress is not None:
             _check.fail("progress", "a callback inside a trace", "None there")
+        elif rows is not None:
+            coefficients, info = sharded.solve_traced(rows, data, start, num_classes=num_classes, config=config)
+        else:
+            coefficients, info = driver.solve_traced(data, start, num_classes=num_classes, config=config)
     if not isinstance(features, np.ndarray):
         coefficients = implicit.attach(
             coefficients, features, labels, costs, num_classes=num_classes, intercept_scaling=config.intercept_scaling
@@ -165,23 +161,15 @@ def solve(
     return solution
 
 
-def _explicit_rows(features: Array) -> PartitionSpec | None:
-    """How the rows lie over the Explicit axes of a mesh; None if they do not."""
-    sharding: Any = getattr(jax.typeof(features), "sharding", None)
-    mesh = getattr(sharding, "mesh", None)
-    if mesh is None or mesh.empty or AxisType.Explicit not in mesh.axis_types:
-        return None
-    return PartitionSpec(sharding.spec[0] if len(sharding.spec) else None)
-
-
-@functools.cache
-def _over_explicit_axes(rows: PartitionSpec, num_classes: int, config: SolverConfig) -> Any:
-    """The solve as one program in which the compiler places what is computed."""
-    nowhere: Any = PartitionSpec()
-    places = PartitionSpec(rows[0], None), SolveInfo(nowhere, nowhere, nowhere, nowhere, nowhere)
-    config = dataclasses.replace(config, method="newton")
-    fit = functools.partial(driver.solve_traced, num_classes=num_classes, config=config)
-    return jax.jit(jax.sharding.auto_axes(fit, out_sharding=places))
+def _placed(
+    data: driver.Data, start: Any, config: SolverConfig
+) -> tuple[driver.Data, Any, SolverConfig, sharded.Rows | None]:
+    """Everything where it belongs, and the config without "auto"."""
+    rows = sharded.rows_of(data.features, config)
+    if rows is None:
+        return data, start, driver.resolved(config, data.features), None
+    data, start = sharded.laid(rows, data, start)
+    return data, start, sharded.resolved(config, rows), rows
 
 
 def _solution(coefficients: Array, data: driver.Data, info: SolveInfo, config: SolverConfig) -> DualSolution:

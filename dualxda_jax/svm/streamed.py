@@ -189,7 +189,14 @@ def _begin(
     soft = working_set.softest(curvature, config)
     penalty = soft if penalty is None else penalty
     first = penalty if config.method == "coordinate" else soft
-    return SolverState(weights=weights, penalty=penalty, first_penalty=first, visits=visits + float(q.shape[1]), **seen)
+    return SolverState(
+        weights=weights,
+        penalty=penalty,
+        first_penalty=first,
+        visits=visits + float(q.shape[1]),
+        samples=jnp.full_like(visits, q.shape[1]),
+        **seen,
+    )
 
 
 def state_at(
@@ -278,7 +285,7 @@ def _settle(
         dtype = jnp.float64 if precise else jnp.float32
         return block.settle(block.gather(problem, every, there, dtype), state, index, there, target, config)
     gathered = working_set.gather(problem, every, there, state.made)
-    return working_set.settle(gathered, state, index, target, config)
+    return working_set.settle(problem, gathered, state, index, target, config)
 
 
 @jax.jit

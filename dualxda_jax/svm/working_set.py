@@ -28,6 +28,7 @@ from dualxda_jax.svm import newton
 from dualxda_jax.svm.config import SolverConfig
 from dualxda_jax.svm.problem import (
     Array,
+    Axis,
     Chunk,
     Problem,
     alpha_of,
@@ -37,8 +38,11 @@ from dualxda_jax.svm.problem import (
     one_hot_of,
     outer,
     over_rows,
+    place_of,
     relative,
     scores,
+    summed,
+    taken,
     with_constant,
 )
 
@@ -76,6 +80,7 @@ class SolverState:
             last of them is behind the first, and always below 0.
         norms: [n] ‖(φ_i, b)‖.
         visits: scalar, samples looked at so far.
+        samples: scalar, how many there are.
     """
 
     weights: Array
@@ -88,6 +93,7 @@ class SolverState:
     lead: Array
     norms: Array
     visits: Array
+    samples: Array
 
     @property
     def distance(self) -> Array:
@@ -107,7 +113,7 @@ class SolverState:
     @property
     def epochs(self) -> Array:
         """Samples looked at, in passes over all of them."""
-        return jnp.ceil(self.visits / self.norms.shape[0]).astype(jnp.int32)
+        return jnp.ceil(self.visits / self.samples).astype(jnp.int32)
 
 
 def norms_of(problem: Problem) -> Array:
@@ -157,9 +163,9 @@ def survey(problem: Problem, weights: Array, q: Array, *, assign: bool, exact: b
         return q, lax.dynamic_update_slice_in_dim(lead, ahead, start, 0), made, sums
 
     n = q.shape[1]
-    start = weights if exact else problem.offset
-    first = (q, jnp.zeros(n, jnp.float32), start, jnp.zeros(2, weights.dtype))
+    first = (q, jnp.zeros(n, jnp.float32), jnp.zeros_like(problem.offset), jnp.zeros(2, weights.dtype))
     q, lead, made, sums = over_rows(problem, q.shape[0], add, first)
+    made, sums = weights if exact else problem.offset + summed(made, problem.axis), summed(sums, problem.axis)
     primal = 0.5 * jnp.sum(weights * weights) + sums[0]
     return {"simplex": q, "lead": lead, "made": made, "primal": primal, "slack": sums[1]}
 
@@ -175,9 +181,9 @@ def _lead(q: Array, z: Array) -> Array:
 def gather(problem: Problem, index: Array, valid: Array, offset: Array) -> newton.Rows:
     """Rows [b] of a problem as a dense block; those that are not valid [b] get no cost."""
     dtype = problem.offset.dtype
-    features = with_constant(problem.features[index].astype(dtype), problem.intercept_scaling)
-    one_hot = one_hot_of(problem.labels[index], problem.offset.shape[0], dtype)
-    cost = jnp.where(valid, problem.cost[index].astype(dtype), 0.0)
+    features = with_constant(taken(problem.features, index, problem.axis).astype(dtype), problem.intercept_scaling)
+    one_hot = one_hot_of(taken(problem.labels, index, problem.axis), problem.offset.shape[0], dtype)
+    cost = jnp.where(valid, taken(problem.cost, index, problem.axis).astype(dtype), 0.0)
     # float64 features come with problems that need it: tight tolerances, large costs.
     low = features if problem.features.dtype == jnp.float64 else features.astype(jnp.float32)
     norms = jnp.sqrt(jnp.sum(features * features, axis=1))
@@ -202,9 +208,12 @@ def softest(curvature: Array, config: SolverConfig) -> Array:
 def weights_from_sample(problem: Problem, size: int, config: SolverConfig) -> tuple[Array, Array, Array]:
     """W, penalty and visits from solving for some rows only, whose costs are scaled to weigh as much as all."""
     n = problem.features.shape[0]
-    places = jnp.asarray(sample_places(n, size))
+    places = jnp.asarray(sample_places(n, -(-size * n // problem.count)))
+    if problem.axis is not None:
+        mine = places + lax.axis_index(problem.axis).astype(places.dtype) * n
+        places = lax.all_gather(mine, problem.axis, tiled=True)
     rows = gather(problem, places, places >= 0, problem.offset)
-    total = jnp.sum(problem.cost, dtype=problem.cost.dtype).astype(rows.cost.dtype)
+    total = summed(jnp.sum(problem.cost, dtype=problem.cost.dtype), problem.axis).astype(rows.cost.dtype)
     rows = rows._replace(cost=rows.cost * (total / jnp.maximum(jnp.sum(rows.cost), 1e-30)))
     zero = jnp.zeros((), rows.cost.dtype)
     goal = newton.Goal(zero, zero + SAMPLE_GAP, zero + 1.0, zero > 0.0, jnp.asarray(config.max_newton, jnp.int32))
@@ -229,27 +238,62 @@ def begin(
 ) -> SolverState:
     """The state after a first survey."""
     seen = survey(problem, weights, q, assign=assign, exact=exact)
-    n = q.shape[1]
+    n = float(problem.count)
     softest = penalty if config.method == "coordinate" else first_penalty(problem, config)
     return SolverState(
         weights=weights,
         penalty=penalty,
         first_penalty=softest,
         norms=norms_of(problem),
-        visits=visits + float(n),
+        visits=visits + n,
+        samples=jnp.full_like(visits, n),
         **seen,
     )
 
 
-def least_decided(costs: Array, state: SolverState, size: int) -> tuple[Array, Array]:
+def least_decided(costs: Array, state: SolverState, size: int, axis: Axis = None) -> tuple[Array, Array]:
     """[size] places of the samples with the smallest lead for their norm, in that order, and which of them can move."""
     n = state.norms.shape[0]
     # What has no cost has no say, what has no features needs to find its class once, and NaN must not hide the others.
     settled = (state.norms == 0.0) & (state.lead >= -2.0 * BARELY)
     fixed = settled | (costs == 0.0) | jnp.isnan(state.lead)
     order = jnp.where(fixed, jnp.inf, state.lead / jnp.maximum(state.norms, SHORTEST))
+    if axis is not None:
+        return _least_of_all(order, size, axis)
     index = lax.top_k(-order, size)[1].astype(jnp.int32) if size < n else jnp.arange(n, dtype=jnp.int32)
     return index, jnp.isfinite(order[index])
+
+
+def _least_of_all(order: Array, size: int, axis: Axis) -> tuple[Array, Array]:
+    """[size] places of the least entries of all devices, in no order, and which are finite; only counts travel."""
+    n = order.shape[0]
+    bits = lax.bitcast_convert_type(order, jnp.int32)
+    key = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits).astype(
+        jnp.int64
+    )  # as whole numbers, in the same order
+
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = (low + high) // 2
+        enough = summed(jnp.sum(key <= middle, dtype=jnp.int32), axis) >= size
+        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+    ends = jnp.asarray(-(2**31), jnp.int64), jnp.asarray(2**31 - 1, jnp.int64)
+    border, _ = lax.fori_loop(jnp.asarray(0, jnp.int32), jnp.asarray(32, jnp.int32), halve, ends)
+    below, at = key < border, key == border
+    counts = jnp.stack([jnp.sum(below, dtype=jnp.int32), jnp.sum(at, dtype=jnp.int32)])
+    every, me = lax.all_gather(counts, axis), lax.axis_index(axis)
+    before = jnp.sum(
+        jnp.where(jnp.arange(every.shape[0], dtype=jnp.int32)[:, None] < me.astype(jnp.int32), every, 0),
+        axis=0,
+        dtype=jnp.int32,
+    )
+    before = before.at[1].add(jnp.sum(every[:, 0], dtype=jnp.int32))
+    slots = [first + jnp.cumsum(which, dtype=jnp.int32) - 1 for first, which in zip(before, (below, at), strict=True)]
+    slot = jnp.where(below, slots[0], jnp.where(at, slots[1], size))
+    mine = jnp.stack([jnp.arange(n, dtype=jnp.int32) + me.astype(jnp.int32) * n, jnp.isfinite(order).astype(jnp.int32)])
+    index, finite = summed(jnp.zeros((2, size), jnp.int32).at[:, slot].set(mine, mode="drop"), axis)
+    return index, finite > 0
 
 
 def solve_block(problem: Problem, state: SolverState, target: Array, size: int, config: SolverConfig) -> SolverState:
@@ -265,30 +309,33 @@ def solve_block(problem: Problem, state: SolverState, target: Array, size: int, 
     Returns:
         The state with new weights, q and penalty; what a survey tells is still that of before.
     """
-    index, valid = least_decided(problem.cost, state, size)
-    return settle(gather(problem, index, valid, state.made), state, index, target, config)
+    index, valid = least_decided(problem.cost, state, size, problem.axis)
+    return settle(problem, gather(problem, index, valid, state.made), state, index, target, config)
 
 
-def settle(rows: newton.Rows, state: SolverState, index: Array, target: Array, config: SolverConfig) -> SolverState:
+def settle(
+    problem: Problem, rows: newton.Rows, state: SolverState, index: Array, target: Array, config: SolverConfig
+) -> SolverState:
     """Solve for chosen samples, whose rows these are and whose places among all are `index` [size]."""
     n, size = state.norms.shape[0], index.shape[0]
-    mine = state.simplex[:, index]
+    mine = taken(state.simplex, index, problem.axis, 1)
     held = state.made - contract(alpha_of(mine, rows.one_hot, rows.cost), rows.features, 1, 0)
     rows = rows._replace(offset=held)
     enough = 0.4 * target * state.primal
     last = REDUCTION * state.gap <= ALMOST * enough
     gap = jnp.where(last, enough, REDUCTION * state.gap)
     zero = jnp.zeros_like(gap)
-    left = jnp.maximum(config.max_epochs * float(n) - state.visits, float(size)) / float(size)
+    left = jnp.maximum(config.max_epochs * state.samples - state.visits, float(size)) / float(size)
     steps = jnp.minimum(left, float(config.max_newton)).astype(jnp.int32)
     goal = newton.Goal(gap, zero, zero + CLOSENESS, last, steps)
     start = jnp.minimum(MAX_START, START_BY_GAP / relative(state.gap, state.primal))
     penalty = jnp.minimum(state.penalty, jnp.maximum(start, state.first_penalty))
     inner = newton.solve_rows(rows, state.weights, mine, penalty, goal, config)
+    place, here = place_of(index, n, problem.axis)
     return dataclasses.replace(
         state,
         weights=inner.weights,
-        simplex=state.simplex.at[:, index].set(inner.q),
+        simplex=state.simplex.at[:, jnp.where(here, place, n)].set(inner.q, mode="drop"),
         penalty=inner.penalty,
         visits=state.visits + inner.steps.astype(state.visits.dtype) * float(size),
     )
