@@ -26,7 +26,13 @@ def assert_feasible(coefficients, labels, cost):
     np.testing.assert_allclose(alpha.sum(axis=1), 0.0, atol=1e-6 * max(cost.max(), 1e-30))
 
 
-SHAPES = {"usual": (60, 7, 4), "wide": (20, 50, 3), "two classes": (40, 5, 2), "one sample": (1, 3, 5)}
+SHAPES = {
+    "usual": (60, 7, 4),
+    "wide": (20, 50, 3),
+    "two classes": (40, 5, 2),
+    "one sample": (1, 3, 5),
+    "many classes": (60, 10, 1000),
+}
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
