@@ -9,13 +9,17 @@ import numpy as np
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-def test_the_library_example_runs_as_printed():
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_library_examples_run_as_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main, larger = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict = {}
     # A user's session has JAX's own defaults, not this suite's strict ones.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        exec(compile(example, "README.md", "exec"), names)
-    assert bool(names["solution"].info.converged)
+        exec(compile(main, "README.md", "exec"), names)
+        exec(compile(larger, "README.md", "exec"), names)
+    assert bool(names["solution"].info.converged) and bool(names["streamed"].info.converged)
+    assert names["phi"].values.nbytes > names["given"]["config"].device_bytes
+    np.testing.assert_allclose(names["streamed"].info.dual, names["solution"].info.dual, rtol=2e-4)
     maps, top = names["maps"], names["top"]
     score = float(top.scores[0, 0])
     np.testing.assert_allclose(float(maps.score), score, rtol=1e-4)
