@@ -7,6 +7,7 @@ the size of all rows is moved. Only Newton's method does this.
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -55,6 +56,9 @@ def _found(features: Any, config: SolverConfig) -> Rows | None:
         names = (config.axis,) if isinstance(config.axis, str) else config.axis
         if not set(names) <= set(mesh.axis_names):
             _check.fail("config.axis", config.axis, f"among the axes {mesh.axis_names} of the mesh (jax.set_mesh)")
+        devices = math.prod(mesh.shape[name] for name in names)
+        if features.shape[0] % devices:
+            _check.fail("features", f"{features.shape[0]} rows", f"a multiple of {devices}, the devices of config.axis")
         return Rows(mesh, config.axis)
     sharding: Any = jax.typeof(features).sharding if in_trace(features) else features.sharding
     spec: Any = getattr(sharding, "spec", ())

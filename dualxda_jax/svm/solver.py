@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from dualxda_jax import _check
-from dualxda_jax.svm import driver, host, implicit, sharded, streamed
+from dualxda_jax.svm import driver, host, implicit, implicit_rows, sharded, streamed
 from dualxda_jax.svm.config import DEFAULT, NotConvergedWarning, SolverConfig
 from dualxda_jax.svm.inputs import in_trace, prepare, result_dtype, start_of
 from dualxda_jax.svm.problem import Array
@@ -177,6 +177,6 @@ def _solution(coefficients: Array, data: driver.Data, info: SolveInfo, config: S
         with jax.enable_x64(True):
             weights = streamed.solution_weights(data, coefficients, config=config)
     else:
-        weights = implicit.sum_rows(coefficients, data.features.astype(coefficients.dtype))
+        weights = implicit_rows.sum_rows(coefficients, data.features.astype(coefficients.dtype))
     intercept = config.intercept_scaling**2 * jnp.sum(coefficients, axis=0)
     return DualSolution(coefficients, weights, intercept, config.intercept_scaling, info)

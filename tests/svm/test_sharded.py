@@ -116,3 +116,10 @@ def test_coordinates_are_refused(problem):
 def test_axis_must_be_one_of_the_mesh(problem):
     with pytest.raises(ValueError, match=r"config\.axis"):
         jax.jit(lambda f, y: fit(f, y, svm.SolverConfig(axis="rows")))(*problem)
+
+
+def test_rows_must_divide_among_the_devices(problem):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    features, labels = problem
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="features: got 1599 rows, must be a multiple of 8"):
+        jax.jit(lambda f, y: fit(f, y, svm.SolverConfig(axis="data")))(features[1:], labels[1:])
