@@ -28,7 +28,7 @@ REDUCTION, ALMOST, ENOUGH = 0.3, 4.0, 0.4
 # Rows of a block for every undecided sample.
 ROOM = 1.4
 # Operations that the overhead of visiting one sample is worth; and sweeps that a step on the face may be worth.
-OVERHEAD, WORTH, MOST_ITERATIONS, FIRST_ITERATIONS = 1.2e5, 6, 300, 16
+OVERHEAD, WORTH, MOST_ITERATIONS, FIRST_ITERATIONS = 1.2e5, 14, 300, 16
 
 
 class Solved(NamedTuple):

@@ -9,6 +9,9 @@ An iteration reads the free rows once: with u the step in units of 1/(C_i ‖φ_
 matrix is J X Xᵀ J, J the removal of the mean over the classes of a sample; the curvature along p is ‖Xᵀp‖², known
 before the rows are read for X(Xᵀp), after which the new residual is there for Xᵀr.
 
+Conjugate gradients run in float32 whatever comes in: a direction need not be exact. The slope that they start from, the
+point that is taken and its W are in the precision of the weights, so that steps refine each other.
+
 Where more is free than W has room for, the quadratic is flat in some directions and the dual may rise along them
 without end, up to the border of the simplices. Conjugate gradients run into such a direction once the rest is solved:
 there they stop, and the direction is followed as far as it gains.
@@ -25,7 +28,7 @@ from jax import lax
 from dualxda_jax.svm import simplex
 from dualxda_jax.svm.problem import Array, Problem, contract, one_hot_of, places
 
-PART = 256
+PART, LOW = 256, jnp.float32
 # Part of the residual that is left, the shares of the step that are tried, and the part of the gain that was promised
 # from which on no smaller share is tried.
 FORCING, SHARES, PROMISE = 0.1, (1.0, 0.3, 0.1, 0.03, 0.01), 0.5
@@ -40,7 +43,7 @@ class Face(NamedTuple):
     Attributes:
         order: [p] int32 their places among all.
         parts: scalar int32, parts that hold any.
-        features: [p, D] at norm 1; zero beyond the free ones.
+        features: [p, D] at norm 1, in float32; zero beyond the free ones.
         weight: [p] C_i ‖φ_i‖; 0 beyond.
         norms: [p] ‖φ_i‖; 1 beyond.
         q: [k, p].
@@ -71,14 +74,18 @@ def improve(problem: Problem, weights: Array, q: Array, limit: Array | int) -> t
     face = _face_of(problem, q)
     labels = one_hot_of(problem.labels[face.order], q.shape[0], weights.dtype)
 
+    def rows(i: Array) -> Array:
+        mine = lax.dynamic_slice_in_dim(face.order, i * PART, PART)
+        return problem.features[mine].astype(weights.dtype)
+
     def scores(i: Array, z: Array) -> Array:
-        x = lax.dynamic_slice_in_dim(face.features, i * PART, PART)
-        return lax.dynamic_update_slice_in_dim(z, contract(weights, x, 1, 1), i * PART, 1)
+        return lax.dynamic_update_slice_in_dim(z, contract(weights, rows(i), 1, 1), i * PART, 1)
 
     nothing = jnp.asarray(0, jnp.int32)
     z = lax.fori_loop(nothing, face.parts, scores, jnp.zeros_like(face.q))
     # The gradient in u: the scores at norm 1, the margin with them.
-    slope = _balanced(face.active, z + problem.margin.astype(z.dtype) * (1.0 - labels) / face.norms[None, :])
+    z = z + problem.margin.astype(z.dtype) * (1.0 - labels)
+    slope = _balanced(face.active, z / face.norms[None, :])
     step, flat = _solve(face, slope, limit)
     promised = 0.5 * jnp.sum(slope * step)
     change, towards, gain = _search(face, slope, face.q, step, jnp.asarray(SHARES, q.dtype), promised)
@@ -94,7 +101,14 @@ def improve(problem: Problem, weights: Array, q: Array, limit: Array | int) -> t
 
     change, towards = lax.cond(jnp.any(flat != 0.0), follow, lambda: (change, towards))
     new = q.at[:, jnp.where(face.weight > 0.0, face.order, q.shape[1])].set(face.q + change, mode="drop")
-    return weights - towards, new, gain >= PROMISE * promised
+    if weights.dtype == LOW:
+        return weights - towards, new, gain >= PROMISE * promised
+
+    def less(i: Array, total: Array) -> Array:
+        part = lax.dynamic_slice_in_dim((face.weight / face.norms)[None, :] * change, i * PART, PART, 1)
+        return total - contract(part, rows(i), 1, 0)
+
+    return lax.fori_loop(nothing, face.parts, less, weights), new, gain >= PROMISE * promised
 
 
 def _seen(face: Face, image: Array) -> Array:
@@ -102,7 +116,7 @@ def _seen(face: Face, image: Array) -> Array:
 
     def one(i: Array, out: Array) -> Array:
         x = lax.dynamic_slice_in_dim(face.features, i * PART, PART)
-        return lax.dynamic_update_slice_in_dim(out, contract(image, x, 1, 1), i * PART, 1)
+        return lax.dynamic_update_slice_in_dim(out, contract(image, x, 1, 1).astype(out.dtype), i * PART, 1)
 
     zero = jnp.zeros_like(face.q)
     return _balanced(face.active, lax.fori_loop(jnp.asarray(0, jnp.int32), face.parts, one, zero))
@@ -126,10 +140,10 @@ def _face_of(problem: Problem, q: Array) -> Face:
         norm = jnp.sqrt(jnp.sum(x * x, axis=1))
         there = lax.dynamic_slice_in_dim(counts, i * PART, PART) & (norm > 0.0)
         x = jnp.where(there[:, None], x / jnp.where(there, norm, 1.0)[:, None], 0.0)
-        buffer = lax.dynamic_update_slice_in_dim(buffer, x, i * PART, 0)
+        buffer = lax.dynamic_update_slice_in_dim(buffer, x.astype(LOW), i * PART, 0)
         return buffer, lax.dynamic_update_slice_in_dim(norms, jnp.where(there, norm, 0.0), i * PART, 0)
 
-    start = jnp.zeros((padded, problem.features.shape[1]), dtype), jnp.zeros(padded, dtype)
+    start = jnp.zeros((padded, problem.features.shape[1]), LOW), jnp.zeros(padded, dtype)
     features, norms = lax.fori_loop(jnp.asarray(0, jnp.int32), parts, lay, start)
     there = norms > 0.0
     mine = jnp.where(there[None, :], q[:, order], 0.0)
@@ -146,6 +160,7 @@ def _balanced(active: Array, values: Array) -> Array:
 
 def _solve(face: Face, slope: Array, limit: Array | int) -> tuple[Array, Array]:
     """The step [k, p] in u by conjugate gradients, and a direction without curvature or zero."""
+    dtype, slope = slope.dtype, slope.astype(LOW)
 
     def over_parts(image: Array, share: Array, state: tuple[Array, Array, Array]) -> Any:
         """U and r after a step along p, with Xᵀr and ‖r‖² of the new r."""
@@ -183,7 +198,7 @@ def _solve(face: Face, slope: Array, limit: Array | int) -> tuple[Array, Array]:
     goal = FORCING**2 * square
     first = (nothing, slope, slope, image, square, jnp.asarray(0, jnp.int32))
     u, _, p, _, square, _ = lax.while_loop(unfinished, iterate, first)
-    return u, jnp.where(square < 0.0, p, 0.0)
+    return u.astype(dtype), jnp.where(square < 0.0, p, 0.0).astype(dtype)
 
 
 def _search(
@@ -209,16 +224,18 @@ def _search(
         # Columns beyond the free ones have no active class.
         moved = jnp.where(face.active, simplex.project(jnp.where(inside, point, 0.0), axis=0) - q, 0.0)
 
+        low = (weight * moved).astype(LOW)
+
         def add(i: Array, total: Array) -> Array:
             x = lax.dynamic_slice_in_dim(face.features, i * PART, PART)
-            return total + contract(lax.dynamic_slice_in_dim(weight * moved, i * PART, PART, 1), x, 1, 0)
+            return total + contract(lax.dynamic_slice_in_dim(low, i * PART, PART, 1), x, 1, 0)
 
         seen = lax.fori_loop(jnp.asarray(0, jnp.int32), face.parts, add, jnp.zeros_like(image))
-        rise, square = jnp.sum(slope * weight * moved), jnp.sum(seen * seen)
+        rise, square = jnp.sum(slope * weight * moved), jnp.sum(seen * seen).astype(slope.dtype)
         length = jnp.clip(rise / jnp.where(square > 0.0, square, 1.0), 0.0, 1.0)
         gain = length * rise - 0.5 * length * length * square
         pick = lambda new, old: jnp.where(gain > best, new, old)  # noqa: E731
-        return pick(gain, best), pick(length * moved, change), pick(length * seen, image), j + 1
+        return pick(gain, best), pick(length * moved, change), pick(length.astype(LOW) * seen, image), j + 1
 
     def unfinished(state: Any) -> Array:
         best, _, _, j = state
@@ -226,7 +243,7 @@ def _search(
         return (j < len(shares)) & ((j == 0) | (best < PROMISE * share * (2.0 - share) * promised))
 
     zero = jnp.zeros((), slope.dtype)
-    blank = jnp.zeros((slope.shape[0], face.features.shape[1]), slope.dtype)
+    blank = jnp.zeros((slope.shape[0], face.features.shape[1]), LOW)
     first = (zero, jnp.zeros_like(step), blank, jnp.asarray(0, jnp.int32))
     gain, change, image, _ = lax.while_loop(unfinished, attempt, first)
     return change, image, gain

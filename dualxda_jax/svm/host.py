@@ -52,19 +52,22 @@ def solve_on_host(
     else:
         state = first(data, num_classes, config)
     size = min(run.most_rows(data, config), least_block(config))
-    target, dtype = config.tolerance, data.costs.dtype
-    for rounds in range(MAX_ROUNDS):
-        asked = data._replace(margin=margin_for(rounds, config, dtype))
-        state, size = to_gap(asked, state, target, size, config, report, rounds > 0)
-        if rounds > 0 and not by_newton and dtype != jnp.float64:
-            state = run.on_grid(asked, state, num_classes=num_classes, config=config)
+    target, slack = config.tolerance, 0
+    for _ in range(MAX_ROUNDS):
+        state, size, slack = to_gap(data, state, target, size, config, report, slack)
+        if slack > 0 and not by_newton and data.costs.dtype != jnp.float64:
+            state = run.on_grid(_with_slack(data, slack, config), state, num_classes=num_classes, config=config)
         coefficients, info = run.certified(data, state, config=config)
         state = dataclasses.replace(state, visits=state.visits + 2.0 * data.features.shape[0])
         if bool(info.converged) or not math.isfinite(float(info.gap)) or int(state.epochs) >= config.max_epochs:
             break
-        target = float(next_target(target, config))
+        target, slack = float(next_target(target, config)), slack + 1
     report(float(info.gap))
     return coefficients, info
+
+
+def _with_slack(data: Data, slack: int, config: SolverConfig) -> Data:
+    return data._replace(margin=margin_for(slack, config, data.costs.dtype))
 
 
 def _swept_start(data: Data, num_classes: int, config: SolverConfig) -> SolverState:
@@ -81,9 +84,15 @@ def _swept_start(data: Data, num_classes: int, config: SolverConfig) -> SolverSt
 
 
 def _by_coordinates(
-    data: Data, state: SolverState, target: float, size: int, config: SolverConfig, report: Any, precise: bool
-) -> tuple[SolverState, int]:
-    """Rounds until the relative gap is reached, or passes run out; the block's size at the end, too."""
+    data: Data, state: SolverState, target: float, size: int, config: SolverConfig, report: Any, slack: int
+) -> tuple[SolverState, int, int]:
+    """Rounds until the relative gap is reached, or passes run out; the block's size and the slack at the end, too.
+
+    Slack is how much more than the margin is asked for, see `margin_for`. Where float32 does not get there, rounding
+    the result to float32 will not do without.
+    """
+    precise, plain = slack > 0, data
+    data = _with_slack(plain, slack, config)
     n, goal, run = data.features.shape[0], jnp.asarray(target, jnp.float64), programs_for(data, config)
     most = run.most_rows(data, config)
     given = {"num_classes": state.weights.shape[0], "config": config}
@@ -99,10 +108,12 @@ def _by_coordinates(
         if poor >= rounds_of.POOR_ROUNDS:
             config = dataclasses.replace(config, method="newton")
             state = run.handed_over(data, state, num_classes=state.weights.shape[0], config=config)
-            return _by_newton(data, state, target, size, config, report, precise)
+            return _by_newton(plain, state, target, size, config, report, slack)
         if ratio <= target or int(state.epochs) >= config.max_epochs or (math.isnan(ratio) and precise):
-            return state, size
+            return state, size, slack
         if not precise and (math.isnan(ratio) or exhausted):
+            slack = max(slack, int(exhausted))
+            data = _with_slack(plain, slack, config)
             # What overflows float32 starts anew.
             state = run.first_state(data, None, **given) if math.isnan(ratio) else exactly(state)
             ratio, precise = float(relative(state.gap, state.primal)), True
@@ -127,22 +138,23 @@ def _sampled_start(data: Data, num_classes: int, config: SolverConfig) -> Solver
         state = resident.surveyed(
             part, weights, penalty, jnp.zeros((), jnp.float64), num_classes=num_classes, config=alone
         )
-        state, _ = _by_newton(part, state, LEVEL_GAP, least, alone, lambda ratio: None, False)
+        state, *_ = _by_newton(part, state, LEVEL_GAP, least, alone, lambda ratio: None, 0)
         weights, penalty, visits = state.weights, state.penalty, visits + state.visits
         rows *= LEVEL_GROWTH
     return run.surveyed(data, weights, penalty, visits, **given)
 
 
 def _by_newton(
-    data: Data, state: SolverState, target: float, size: int, config: SolverConfig, report: Any, again: bool
-) -> tuple[SolverState, int]:
-    """Rounds until the relative gap is reached, or passes run out; the working set's size at the end, too."""
+    data: Data, state: SolverState, target: float, size: int, config: SolverConfig, report: Any, slack: int
+) -> tuple[SolverState, int, int]:
+    """As `_by_coordinates`."""
+    data = _with_slack(data, slack, config)
     ratio = float(relative(state.gap, state.primal))
     run = programs_for(data, config)
     most = run.most_rows(data, config)
     goal = jnp.asarray(target, jnp.float64)
     always = data.features.dtype == jnp.float64
-    precise, at_least = True, int(again)
+    precise, at_least = True, int(slack > 0)
     while True:
         report(ratio)
         if (
@@ -150,7 +162,7 @@ def _by_newton(
             or int(state.epochs) >= config.max_epochs
             or (ratio <= target and precise and at_least <= 0)
         ):
-            return state, size
+            return state, size, slack
         precise = always or ratio <= PRECISE_GAP
         state, seen, undecided = run.one_round(data, state, goal, size=size, config=config, precise=precise)
         ratio, at_least = float(seen), at_least - 1
