@@ -16,7 +16,7 @@ from dualxda_jax.pipeline import cases, cells, content, results, store
 from dualxda_jax.pipeline.lineup import EvaluateConfig
 from dualxda_jax.types import Progress
 
-_VERSION = "evaluate-1"
+_VERSION = "evaluate-2"
 
 
 def evaluate(config: EvaluateConfig, *, track: store.Track | None = None, overall: Progress | None = None) -> Path:
@@ -157,7 +157,8 @@ class _Seed:
         networks = self.folder / "networks"
         retrained = None
         if "lds" in metrics:
-            made_by = checkpoint.fingerprint(_VERSION, trained.made_by, config.sizes.subsets, config.sizes.steps)
+            sizes = config.sizes.subsets, config.sizes.steps, config.sizes.batch
+            made_by = checkpoint.fingerprint(_VERSION, trained.made_by, *sizes)
             retrained = self._do(
                 "retrain on random halves",
                 lambda p: cells.retrain_halves(trained, config, seed, networks, p), made_by, finished,
@@ -180,7 +181,7 @@ class _Seed:
             found.cells[entry.name][name] = cell
             if name == "part" and self._selects:
                 importance = np.asarray(cell["importance"])
-                sizes = config.sizes.fractions, config.sizes.steps
+                sizes = config.sizes.fractions, config.sizes.steps, config.sizes.batch
                 made_by = checkpoint.fingerprint(_VERSION, trained.made_by, importance, self._selects, sizes)
                 select = functools.partial(
                     cells.retrain_selected, trained, config, seed, importance, self._selects, networks
