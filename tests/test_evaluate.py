@@ -101,7 +101,7 @@ def test_the_page_shows_the_table_and_all_figures(config, first):
 
 
 def test_another_run_computes_nothing_again(config, first, monkeypatch):
-    monkeypatch.setattr(retrain, "many", lambda *a, **k: pytest.fail("retrained"))
+    monkeypatch.setattr(retrain, "logits", lambda *a, **k: pytest.fail("retrained"))
     monkeypatch.setattr(cells, "explain", lambda *a, **k: pytest.fail("explained"))
     monkeypatch.setattr(cases, "train", lambda *a, **k: pytest.fail("trained"))
     pipeline.evaluate(config)

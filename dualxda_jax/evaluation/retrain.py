@@ -21,16 +21,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
-from dualxda_jax import _check, checkpoint, models
-from dualxda_jax.data import to_float
+from dualxda_jax import _check, checkpoint
+from dualxda_jax.evaluation import programs
 from dualxda_jax.models import training
 from dualxda_jax.types import Array, Params, Progress
 
 _VERSION = "retrain-1"
-_QUERIES_AT_ONCE = 500
 _MEMORY = 2 << 30
 
 
@@ -68,8 +66,9 @@ def many(
         FloatingPointError: a loss that is not finite, with the networks that have it.
     """
     problem = _problem(key, module, images, labels, subsets, config)
-    mine, shared = _placed(sharding, (problem.keys, _rows(problem, config)), (problem.images, problem.labels))
-    variables, losses = _train(module, config, _across(across), sharding, shared, mine)
+    mine = problem.keys, programs.rows(problem.keys, problem.subsets, config)
+    mine, shared = programs.placed(sharding, mine, (problem.images, problem.labels))
+    variables, losses = programs.train(module, config, programs.across_or_default(across), sharding, shared, mine)
     _finite(np.asarray(losses), np.arange(len(problem.subsets)))
     return variables
 
@@ -125,11 +124,11 @@ def logits(
         _check.fail("queries", f"shape {np.shape(queries)}", f"[q, ...] like images {np.shape(images)}")
     if not len(queries):
         _check.fail("queries", "none", "at least one")
-    across = _across(across)
+    across = programs.across_or_default(across)
     names = _names(problem, module, config, queries)
     kept = {name: found for name in names if (found := _recall(folder, name)) is not None}
     missing = list({name: i for i, name in enumerate(names) if name not in kept}.values())
-    _, shared = _placed(sharding, (), (problem.images, problem.labels, jnp.asarray(queries)))
+    _, shared = programs.placed(sharding, (), (problem.images, problem.labels, jnp.asarray(queries)))
     ask = functools.partial(_ask, module, config, across, sharding, problem, shared)
     size = _chunk_size(module, problem, config, across, sharding, memory)
     chunks = [missing[start : start + size] for start in range(0, len(missing), size)]
@@ -181,115 +180,24 @@ def _problem(key: Array, module: Any, images: Any, labels: Any, subsets: Any, co
     return _Problem(keys, jnp.asarray(images), jnp.asarray(labels).astype(jnp.int32), subsets)
 
 
-def _across(across: str | None) -> str:
-    if across is None:
-        return "map" if jax.default_backend() == "cpu" else "vmap"
-    if across not in ("map", "vmap"):
-        _check.fail("across", repr(across), '"map" or "vmap"')
-    return across
-
-
-def _rows(problem: _Problem, config: training.TrainConfig) -> Array:
-    """[m, steps, batch] places in the training set, in the order in which `fit` would show each subset."""
-    return jnp.asarray(
-        np.stack(
-            [
-                training.rows(jax.random.split(key)[1], np.flatnonzero(subset), config)
-                for key, subset in zip(problem.keys, problem.subsets, strict=True)
-            ]
-        )
-    )
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _train(
-    module: Any, config: training.TrainConfig, across: str, sharding: NamedSharding | None, shared: Any, mine: Any
-) -> tuple[Params, Array]:
-    """Variables and last losses: of images and labels, by keys and rows."""
-    return _spread(functools.partial(_train_one, module, config), across, sharding)(shared, mine)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _train_and_ask(
-    module: Any, config: training.TrainConfig, across: str, sharding: NamedSharding | None, shared: Any, mine: Any
-) -> tuple[Array, Array]:
-    """Logits at the queries and last losses: of images, labels and queries, by keys and rows."""
-
-    def one(shared: tuple[Array, Array, Array], mine: tuple[Array, Array]) -> tuple[Array, Array]:
-        images, labels, queries = shared
-        variables, loss = _train_one(module, config, (images, labels), mine)
-        apply = models.faster_apply(module) or module.apply
-        answer = lax.map(
-            lambda x: apply(variables, to_float(x)[None])[0], queries, batch_size=min(len(queries), _QUERIES_AT_ONCE)
-        )
-        return answer.astype(jnp.float32), loss
-
-    return _spread(one, across, sharding)(shared, mine)
-
-
-def _train_one(
-    module: Any, config: training.TrainConfig, shared: tuple[Array, Array], mine: tuple[Array, Array]
-) -> tuple[Params, Array]:
-    (images, labels), (key, rows) = shared, mine
-    apply = models.faster_apply(module)
-    state = training.init(jax.random.split(key)[0], module, images[:1], config)
-
-    def body(state: training.TrainState, rows: Array) -> tuple[training.TrainState, Array]:
-        state, metrics = training.step(state, (images[rows], labels[rows]), apply=apply)
-        return state, metrics["loss"]
-
-    state, losses = lax.scan(body, state, rows)
-    return state.variables, losses[-1]
-
-
-def _spread(one: Callable[[Any, Any], Any], across: str, sharding: NamedSharding | None) -> Callable[[Any, Any], Any]:
-    """(what all share, what each has with a leading m axis) -> results with a leading m axis."""
-
-    def every(shared: Any, mine: Any) -> Any:
-        if across == "vmap":
-            return jax.vmap(functools.partial(one, shared))(mine)
-        return lax.map(functools.partial(one, shared), mine)
-
-    if sharding is None:
-        return every
-    split = PartitionSpec(*sharding.spec[:1])
-    return jax.shard_map(every, mesh=sharding.mesh, in_specs=(PartitionSpec(), split), out_specs=split, check_vma=False)
-
-
 def _ask(
     module: Any, config: training.TrainConfig, across: str, sharding: NamedSharding | None, problem: _Problem,
     shared: tuple[Array, Array, Array], chunk: list[int],
 ) -> np.ndarray:  # fmt: skip
     """[c, q, k] what the networks of a chunk say."""
     # Filled up with its last one, so that all devices have as many.
-    filled = np.asarray(chunk + chunk[-1:] * (-len(chunk) % _devices(sharding)))
+    filled = np.asarray(chunk + chunk[-1:] * (-len(chunk) % programs.devices_of(sharding)))
     part = problem._replace(keys=problem.keys[filled], subsets=problem.subsets[filled])
-    mine, _ = _placed(sharding, (part.keys, _rows(part, config)), ())
-    answers, losses = _train_and_ask(module, config, across, sharding, shared, mine)
+    mine, _ = programs.placed(sharding, (part.keys, programs.rows(part.keys, part.subsets, config)), ())
+    answers, losses = programs.train_and_ask(module, config, across, sharding, shared, mine)
     _finite(np.asarray(losses), filled)
     return np.asarray(answers)[: len(chunk)]
-
-
-def _placed(sharding: NamedSharding | None, mine: Any, shared: Any) -> tuple[Any, Any]:
-    """What each network has, split over the devices, and what all share, on each of them."""
-    if sharding is None:
-        return mine, shared
-    split = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
-    return jax.device_put(mine, split), jax.device_put(shared, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
 def _finite(losses: np.ndarray, which: np.ndarray) -> None:
     bad = which[~np.isfinite(losses)]
     if bad.size:
         raise FloatingPointError(f"the loss is not finite in network {bad[0]} ({bad.size} in all): lower learning_rate")
-
-
-def _devices(sharding: NamedSharding | None) -> int:
-    if sharding is None:
-        return 1
-    first = sharding.spec[0] if len(sharding.spec) else None
-    names = first if isinstance(first, tuple) else () if first is None else (first,)
-    return int(np.prod([sharding.mesh.shape[name] for name in names], dtype=int))
 
 
 def _workers(workers: int | None, sharding: NamedSharding | None) -> int:
@@ -307,41 +215,13 @@ def _chunk_size(
 ) -> int:  # fmt: skip
     if memory is not None and memory < 1:
         _check.fail("memory", memory, "1 byte or more")
-    devices = _devices(sharding)
+    devices = programs.devices_of(sharding)
     if across == "map":
         return devices
     if memory is None:
         stats = jax.devices()[0].memory_stats() or {}
         memory = stats.get("bytes_limit", 2 * _MEMORY) // 2
-    return devices * max(1, memory // bytes_of_step(module, problem.images, config))
-
-
-def bytes_of_step(module: Any, images: Any, config: training.TrainConfig) -> int:
-    """Memory that one network's step takes: its state and all intermediate results, as if none were reused.
-
-    Args:
-        module: a linen module.
-        images: [n, ...] only shape and dtype count.
-        config: how it is trained.
-    """
-    example = jax.ShapeDtypeStruct((config.batch_size, *np.shape(images)[1:]), images.dtype)
-    labels = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
-
-    def one(key: Array, x: Array, y: Array) -> Any:
-        state = training.init(key, module, x[:1], config)
-        return training.step(state, (x, y), apply=models.faster_apply(module))
-
-    traced = jax.make_jaxpr(one)(jax.random.key(0), example, labels)
-    return _size(traced.jaxpr)
-
-
-def _size(jaxpr: Any) -> int:
-    total = 0
-    for equation in jaxpr.eqns:
-        inner = [p.jaxpr for p in equation.params.values() if hasattr(p, "jaxpr")]
-        total += sum(_size(j) for j in inner)
-        total += sum(v.aval.size * v.aval.dtype.itemsize for v in equation.outvars)
-    return total
+    return devices * max(1, memory // programs.bytes_of_step(module, problem.images, config))
 
 
 def _computed(

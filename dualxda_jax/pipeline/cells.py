@@ -148,9 +148,13 @@ def halves(trained: Trained, config: EvaluateConfig, seed: int) -> np.ndarray:
 def retrain_halves(
     trained: Trained, config: EvaluateConfig, seed: int, folder: Path, progress: Progress
 ) -> dict[str, Any]:
-    """What networks trained on random halves say: "subsets" [m, n], "outputs" [m, q] log-softmax at the targets."""
+    """What networks trained on random halves say: "subsets" [m, n], "outputs" [m, q] log-softmax at the targets.
+
+    All start from the same parameters, so that they differ by their halves and not by luck at the start.
+    """
     subsets = halves(trained, config, seed)
-    logits = _retrain(jax.random.fold_in(jax.random.key(seed), 1), trained, config, subsets, folder, progress)
+    keys = jnp.stack([jax.random.fold_in(jax.random.key(seed), 1)] * len(subsets))
+    logits = _retrain(keys, trained, config, subsets, folder, progress)
     return {"subsets": subsets, "outputs": _log_probability(logits, trained.targets)}
 
 
@@ -189,7 +193,8 @@ def _retrain(
     return retrain.logits(
         key, module_of(config.network, case.num_classes), case.train.images, case.train.labels, subsets,
         trained.queries if case.train.images.dtype != np.uint8 else np.rint(trained.queries * 255).astype(np.uint8),
-        config=training.TrainConfig(steps=config.sizes.steps), folder=folder, progress=progress,
+        config=training.TrainConfig(steps=config.sizes.steps, batch_size=config.sizes.batch), folder=folder,
+        progress=progress,
     )  # fmt: skip
 
 

@@ -13,10 +13,10 @@ import numpy as np
 from dualxda_jax import checkpoint, data, report
 from dualxda_jax.evaluation import benchmark
 from dualxda_jax.pipeline import cases, cells, content, results, store
-from dualxda_jax.pipeline.lineup import EvaluateConfig
+from dualxda_jax.pipeline.lineup import Entry, EvaluateConfig
 from dualxda_jax.types import Progress
 
-_VERSION = "evaluate-1"
+_VERSION = "evaluate-2"
 
 
 def evaluate(config: EvaluateConfig, *, track: store.Track | None = None, overall: Progress | None = None) -> Path:
@@ -154,22 +154,18 @@ class _Seed:
         trained = cases.put_together(case, network, config)
         found.accuracy[name] = trained.accuracy
         found.sizes[name] = {"training": len(case.train.labels), "queries": len(trained.targets)}
-        networks = self.folder / "networks"
         retrained = None
         if "lds" in metrics:
-            made_by = checkpoint.fingerprint(_VERSION, trained.made_by, config.sizes.subsets, config.sizes.steps)
+            sizes = config.sizes.subsets, config.sizes.steps, config.sizes.batch
             retrained = self._do(
                 "retrain on random halves",
-                lambda p: cells.retrain_halves(trained, config, seed, networks, p), made_by, finished,
+                lambda p: cells.retrain_halves(trained, config, seed, self.folder / "networks", p),
+                checkpoint.fingerprint(_VERSION, trained.made_by, *sizes), finished,
             )  # fmt: skip
         timed = name == next(n for n in self.names if n != "noisy") if self.names != ["noisy"] else False
         for entry in self._entries(name):
-            parts = (_VERSION, trained.made_by, entry, metrics, timed, retrained, jax.default_backend())
-            explain = functools.partial(
-                cells.explain, entry, trained, metrics, jax.random.key(seed), timed=timed, retrained=retrained
-            )
             try:
-                cell = self._do(f"{entry.name} on {says}", explain, checkpoint.fingerprint(*parts), finished)
+                cell = self._cell(entry, trained, metrics, timed, retrained, finished)
             except cells.MethodFailed as failure:
                 # Not kept: another run tries again.
                 found.cells[entry.name][name] = {"failed": dict.fromkeys(metrics, str(failure))}
@@ -180,12 +176,31 @@ class _Seed:
             found.cells[entry.name][name] = cell
             if name == "part" and self._selects:
                 importance = np.asarray(cell["importance"])
-                sizes = config.sizes.fractions, config.sizes.steps
-                made_by = checkpoint.fingerprint(_VERSION, trained.made_by, importance, self._selects, sizes)
-                select = functools.partial(
-                    cells.retrain_selected, trained, config, seed, importance, self._selects, networks
-                )
-                found.cells[entry.name]["selection"] = self._do(f"retrain for {entry.name}", select, made_by, finished)
+                found.cells[entry.name]["selection"] = self._selection(entry, trained, importance, finished)
         if name == "clean":
             made_by = checkpoint.fingerprint(_VERSION, trained.made_by, cells.COSTS)
             found.sparsity = self._do("sparsity of DualDA", lambda p: cells.sparsity(trained, p), made_by, finished)
+
+    def _cell(
+        self, entry: Entry, trained: cases.Trained, metrics: tuple[str, ...], timed: bool, retrained: Any,
+        finished: Callable[[], None],
+    ) -> dict[str, Any]:  # fmt: skip
+        """A method on a case."""
+        parts = (_VERSION, trained.made_by, entry, metrics, timed, retrained, jax.default_backend())
+        explain = functools.partial(
+            cells.explain, entry, trained, metrics, jax.random.key(self.seed), timed=timed, retrained=retrained
+        )
+        name = f"{entry.name} on {cases.SAYS[trained.case.name]}"
+        return dict(self._do(name, explain, checkpoint.fingerprint(*parts), finished))
+
+    def _selection(
+        self, entry: Entry, trained: cases.Trained, importance: np.ndarray, finished: Callable[[], None]
+    ) -> dict[str, Any]:
+        """What networks are worth that are trained with or without the samples that a method calls important."""
+        sizes = self.config.sizes
+        parts = (_VERSION, trained.made_by, importance, self._selects, sizes.fractions, sizes.steps, sizes.batch)
+        select = functools.partial(
+            cells.retrain_selected, trained, self.config, self.seed, importance, self._selects,
+            self.folder / "networks",
+        )  # fmt: skip
+        return dict(self._do(f"retrain for {entry.name}", select, checkpoint.fingerprint(*parts), finished))

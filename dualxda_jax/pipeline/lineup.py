@@ -22,6 +22,7 @@ class Sizes:
         part: training images of the metrics that retrain networks, at most; None takes as many as `limit`.
         subsets: networks retrained on random halves.
         steps: optimizer steps of each retrained network.
+        batch: samples of each of those steps.
         fractions: of the training set that are kept (coreset) or removed (pruning).
         checkpoints: of the training, for methods that use several.
     """
@@ -31,11 +32,12 @@ class Sizes:
     part: int | None
     subsets: int
     steps: int
+    batch: int
     fractions: tuple[float, ...]
     checkpoints: int
 
     def __post_init__(self) -> None:
-        for name in ("limit", "queries", "part", "steps", "checkpoints"):
+        for name in ("limit", "queries", "part", "steps", "batch", "checkpoints"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 fail(name, value, "at least 1")
@@ -44,8 +46,9 @@ class Sizes:
 
 
 PRESETS = {
-    "small": Sizes(10_000, 300, 5_000, 50, 240, (0.1, 0.2, 0.4, 0.6, 0.8), 3),
-    "paper": Sizes(None, 2_000, None, 100, 2_400, tuple(i / 10 for i in range(1, 10)), 5),
+    # One number of training images for all cases, so that nearly every program is compiled once.
+    "small": Sizes(3_000, 150, 3_000, 40, 150, 64, (0.1, 0.3, 0.6), 3),
+    "paper": Sizes(None, 2_000, None, 100, 2_400, 128, tuple(i / 10 for i in range(1, 10)), 5),
 }
 
 
@@ -104,7 +107,8 @@ _ENTRIES: dict[str, dict[str, tuple[Entry, ...]]] = {
             Entry(
                 "arnoldi",
                 "influence_arnoldi",
-                (("params", "head"), ("rank", 64), ("krylov", 100), ("samples", 2_000)),
+                # The head's Hessian is so small that the usual tolerance, 0.1, ends the iteration after one direction.
+                (("params", "head"), ("rank", 64), ("krylov", 100), ("samples", 2_000), ("tolerance", 1e-4)),
                 on_features=True,
             ),
         ),

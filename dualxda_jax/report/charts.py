@@ -35,7 +35,7 @@ def styles(methods: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             found[row["name"]] = {"color": _OURS[ours % 3], "marker": "o", "linestyle": "-"}
             ours += 1
         else:
-            marker, line = "sD^vP*Xhp<"[other % 10], ("--", "-.")[other % 2]
+            marker, line = "sD^vP*Xhp<>"[other % 11], ("--", "-.")[other % 2]
             found[row["name"]] = {"color": _OTHERS[other % 10], "marker": marker, "linestyle": line}
             other += 1
     return found
@@ -187,27 +187,52 @@ def sparsity_figure(results: dict[str, Any]) -> Figure | None:
 
 
 def _label_points(axes: Any, points: Sequence[tuple[float, float, str, str]]) -> None:
-    """Names beside the points, moved down or up where they would cover each other."""
+    """Names beside the points, moved about where they would cover a marker or each other; a line leads to far ones."""
     axes.figure.canvas.draw()
     to_pixels = axes.transData.transform
-    taken: list[tuple[float, float, float]] = []
-    for x, y, name, colour in sorted(points, key=lambda p: (p[1], p[0])):
-        px, py = to_pixels((x, y))
-        for shift in (0, 12, -12, 24, -24, 36, -36):
-            box = (px + 9 * _DENSITY, py + shift * _DENSITY, px + (9 + 7 * len(name)) * _DENSITY)
-            if all(abs(box[1] - t[1]) > 12 * _DENSITY or box[0] > t[2] or t[0] > box[2] for t in taken):
-                break
-        taken.append(box)
+    places = [to_pixels((x, y)) / _DENSITY for x, y, _, _ in points]
+    taken = [(px - 6, py - 6, px + 6, py + 6) for px, py in places]
+    frame = axes.get_window_extent()
+    left, right, bottom, top = (v / _DENSITY for v in (frame.x0, frame.x1, frame.y0, frame.y1))
+    for (x, y, name, colour), (px, py) in sorted(zip(points, places, strict=True), key=lambda p: (p[0][1], p[0][0])):
+        width = 6.6 * len(name) + 2
+
+        def box(shift: Any, px: float = px, py: float = py, width: float = width) -> Any:
+            start = px + shift[0] if shift[0] > 0 else px + shift[0] - width
+            return start, py + shift[1] - 6.5, start + width, py + shift[1] + 6.5
+
+        def badness(shift: Any, box: Any = box) -> float:
+            here = box(shift)
+            covered = sum(
+                max(0.0, min(here[2], t[2]) - max(here[0], t[0])) * max(0.0, min(here[3], t[3]) - max(here[1], t[1]))
+                for t in taken
+            )
+            outside = here[0] < left or here[2] > right or here[1] < bottom or here[3] > top
+            return covered + 1e4 * outside
+
+        shift = min(_SHIFTS, key=badness)  # the first of equals
+        taken.append(box(shift))
         axes.annotate(
             name,
             (x, y),
-            xytext=(9 * 0.75, shift * 0.75),
+            xytext=(shift[0] * 0.75, shift[1] * 0.75),
             textcoords="offset points",
             fontsize=9,
             color=colour,
+            ha="left" if shift[0] > 0 else "right",
             va="center",
             parse_math=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkB": 5} if shift[2] else None,
         )
+
+
+_SHIFTS = [
+    (side * across, up, far)
+    for across, ups, far in ((11, (0, 8, -8), False), (24, (0, 16, -16, 28, -28, 42, -42, 58, -58, 76, -76), True))
+    for up in ups
+    for side in (1, -1)
+]
+"""Where a name may stand from its point, in CSS pixels, the best first; and whether a line leads to it."""
 
 
 def _share(value: float, _: Any = None) -> str:

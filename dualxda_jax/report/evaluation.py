@@ -25,7 +25,8 @@ _FIGURES = (
      "Training samples inspected by falling self-influence. The grey diagonal is chance; equal values are inspected "
      "in every order at once."),
     ("lds.png", charts.lds_figure, "LDS of each query",
-     "How the queries' rank correlations spread; the line marks 0. All histograms share their axes."),
+     "How the queries' rank correlations spread; the line marks 0. All histograms share their axes. The networks of a "
+     "seed start from the same parameters, so that they differ by their halves alone."),
     ("sparsity.png", charts.sparsity_figure, "DualDA: which C",
      "Left: how many training samples, and coefficients, have any say. Right: how closely the surrogate follows the "
      "network, and how often the top samples carry the predicted class, each over the same queries."),
@@ -201,15 +202,19 @@ def _measured(results: dict[str, Any]) -> str:
         "A network's test accuracy is that on the test images as it meets them: classes merged, or each marked.",
     ]
     if "lds" in results["metrics"]:
-        words.append(f"LDS: {options['subsets']} networks on random halves, {options['steps']:,} steps each.")
+        words.append(f"LDS: {options['subsets']} networks on random halves, {_steps(options)}.")
     if results["selection"]:
         shares = ", ".join(f"{100 * f:.0f}%" for f in options["fractions"])
-        words.append(f"Coreset and pruning: {shares} of the samples, {options['steps']:,} steps each.")
+        words.append(f"Coreset and pruning: {shares} of the samples, {_steps(options)}.")
     words.append(f"This run took {results['seconds']:,.0f} s")
     words.append(
         f"and reused {results['reused']} of {len(results['stages'])} stages." if results["reused"] else "from scratch."
     )
     return " ".join(words)
+
+
+def _steps(options: dict[str, Any]) -> str:
+    return f"{options['steps']:,} steps of {options['batch']} samples each"
 
 
 def _notes(results: dict[str, Any]) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dualxda_jax import models
-from dualxda_jax.evaluation import retrain
+from dualxda_jax.evaluation import programs, retrain
 from dualxda_jax.models import training
 
 
@@ -81,13 +81,13 @@ def test_split_over_devices(kind, alone):
 
 def test_chunks_fit_the_memory():
     images, _, _ = problem()
-    one = retrain.bytes_of_step(Tiny(), images, CONFIG)
+    one = programs.bytes_of_step(Tiny(), images, CONFIG)
     assert 1_000 < one < 1_000_000
     seen = []
     ask(across="vmap", memory=2 * one, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(0, 5), (2, 5), (4, 5), (5, 5)]
     small, large = (training.TrainConfig(steps=1, batch_size=b) for b in (8, 64))
-    assert retrain.bytes_of_step(Tiny(), images, large) > 2 * retrain.bytes_of_step(Tiny(), images, small)
+    assert programs.bytes_of_step(Tiny(), images, large) > 2 * programs.bytes_of_step(Tiny(), images, small)
 
 
 def stamps(folder):
@@ -158,11 +158,11 @@ def test_a_loss_that_is_not_finite_names_the_network():
 
 
 def test_the_same_shapes_compile_once():
-    misses = retrain._train_and_ask._cache_size()
+    misses = programs.train_and_ask._cache_size()
     ask(workers=1, across="map")
-    compiled = retrain._train_and_ask._cache_size()
+    compiled = programs.train_and_ask._cache_size()
     ask(workers=1, across="map", key=jax.random.key(9), rows=slice(1, 4))
-    assert retrain._train_and_ask._cache_size() == compiled <= misses + 1
+    assert programs.train_and_ask._cache_size() == compiled <= misses + 1
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ import io
 import numpy as np
 import pytest
 
-from dualxda_jax.report import Pair, Query, figures
+from dualxda_jax.report import Pair, Query, charts, figures
 from dualxda_jax.report.canvas import Sheet, colours, flat, pixels, symmetric_limit
 
 NAMES = ("zero", "one")
@@ -111,3 +111,17 @@ def test_figures_of_one_page_align(rng):
     widths = {figures.query_figure(q, NAMES, slots=(3, 1)).width for q in (few, many)}
     assert len(widths) == 1
     assert figures.query_figure(few, NAMES).width < widths.pop()
+
+
+def test_names_cover_no_marker_and_each_other():
+    # All close to each other, as in a run that is done in no time.
+    points = [(0.01 * 1.12**i, 4.0 + 0.07 * (i % 4), f"method-{i}", "#000000") for i in range(12)]
+    with charts._figure(760, 430) as (figure, _):
+        axes = charts._axes(figure, (0.085, 0.135, 0.885, 0.83))
+        axes.set(xscale="log", xlim=(0.004, 0.2), ylim=(4.7, 3.6))
+        charts._label_points(axes, points)
+        figure.canvas.draw()
+        boxes = [text.get_window_extent() for text in axes.texts]
+        markers = axes.transData.transform([(x, y) for x, y, _, _ in points])
+    assert len(boxes) == 12 and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert not any(box.contains(*place) for box in boxes for place in markers)

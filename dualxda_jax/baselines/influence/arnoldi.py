@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -70,7 +71,9 @@ def influence_arnoldi(
         krylov: steps of the iteration, each one product with the Hessian; the basis takes krylov · p numbers. None
             for 150, or the number of parameters if that is less.
         samples: how many training samples the Hessian is the mean of, drawn at random if there are more.
-        tolerance: the iteration ends where the next direction is shorter than this before it is normalised.
+        tolerance: the iteration ends where the next direction is shorter than this before it is normalised: a length
+            in units of the Hessian's eigenvalues. Of a network that is certain of its training samples these are so
+            small that the default ends the iteration at once; a warning says so.
         regularization: added to the eigenvalues.
         inverse_tolerance: regularised eigenvalues up to this are left out, negative ones with them.
         hessian: "exact", or "ggn" for the Gauss-Newton matrix, which is never indefinite for cross-entropy.
@@ -111,6 +114,7 @@ def influence_arnoldi(
                 "inverse_tolerance", inverse_tolerance, "below the largest eigenvalue of the Hessian, regularised"
             )
         checks.finite_samples(fitted.training.sum(axis=1))
+        _warn_if_alone(fitted.inverses, sized.rank, tolerance)
         return fitted
 
     def scores(fitted: Fitted, x: Array, targets: Array) -> Array:
@@ -118,6 +122,17 @@ def influence_arnoldi(
         return checks.finite_scores(_scores(config, fitted, jnp.asarray(x), targets))
 
     return Method("influence_arnoldi", fit, scores, _self_influence)
+
+
+def _warn_if_alone(inverses: Array, rank: int, tolerance: float) -> None:
+    """Warn if a single direction is all that is left of several."""
+    if rank > 1 and not _check.is_traced(inverses) and int((inverses > 0).sum()) == 1:
+        warnings.warn(
+            f"influence_arnoldi: one direction of {rank}, so that all scores are multiples of one row; the Hessian may "
+            f"be small beside tolerance={tolerance}",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 class _State(NamedTuple):

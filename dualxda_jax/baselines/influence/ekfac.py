@@ -237,11 +237,12 @@ def _scores(config: Compiled, damping: Array | None, fitted: Fitted, x: Array, t
     def some_queries(x: Array, targets: Array) -> Array:
         held = []
         for layer, (a, delta) in zip(found.layers, _gradients(context, found, x, targets), strict=True):
-            basis = bases[layer.name]
-            held.append(curvature.rotate(basis, a, delta) * _inverse(basis["values"], damping)[None])
+            held.append(_preconditioned(bases[layer.name], a, delta, damping))
+
+        queries = len(targets)
 
         def some_samples(x: Array, labels: Array) -> Array:
-            total = jnp.zeros((len(x), len(held[0])), held[0].dtype)
+            total = jnp.zeros((len(x), queries), held[0].dtype)
             for layer, query, (a, delta) in zip(found.layers, held, _gradients(context, found, x, labels), strict=True):
                 total += _products(bases[layer.name], query, a, delta)
             return total
@@ -251,16 +252,35 @@ def _scores(config: Compiled, damping: Array | None, fitted: Fitted, x: Array, t
     return map_chunks(some_queries, (x, targets), max(1, _QUERY_BUDGET // size))
 
 
+def _preconditioned(basis: dict[str, Array], a: Array, delta: Array, damping: Array | None) -> Array:
+    """Queries' gradients times the inverse curvature, in the eigenbasis, as `_products` takes them.
+
+    [q, inputs, outputs]; but [inputs, q, outputs] where there is one position, so that the product with each chunk of
+    samples is one product of two matrices and no copy of what is most of the memory.
+    """
+    inverse = _inverse(basis["values"], damping)
+    if a.shape[1] > 1:
+        return curvature.rotate(basis, a, delta) * inverse[None]
+    a, delta = _turned(basis, a, delta)
+    return a.T[:, :, None] * delta[None] * inverse[:, None, :]
+
+
 def _products(basis: dict[str, Array], query: Array, a: Array, delta: Array) -> Array:
-    """Inner products [b, q] of gradients a, δ with queries [q, inputs, outputs] that are in the eigenbasis."""
-    if a.shape[1] == 1:
-        # One position: the gradient is an outer product, which need not be written out.
-        a = jnp.matmul(a[:, 0], basis["inputs"], precision=_HIGHEST)
-        delta = jnp.matmul(delta[:, 0], basis["outputs"], precision=_HIGHEST)
-        met = jnp.einsum("bi,qio->bqo", a, query, precision=_HIGHEST)
-        return jnp.einsum("bqo,bo->bq", met, delta, precision=_HIGHEST)
-    gradient = curvature.rotate(basis, a, delta)
-    return jnp.einsum("bio,qio->bq", gradient, query, precision=_HIGHEST)
+    """Inner products [b, q] of gradients a, δ with queries from `_preconditioned`."""
+    if a.shape[1] > 1:
+        return jnp.einsum("bio,qio->bq", curvature.rotate(basis, a, delta), query, precision=_HIGHEST)
+    # One position: the gradient is an outer product, which need not be written out.
+    a, delta = _turned(basis, a, delta)
+    met = jnp.matmul(a, query.reshape(query.shape[0], -1), precision=_HIGHEST).reshape(len(a), *query.shape[1:])
+    return jnp.einsum("bqo,bo->bq", met, delta, precision=_HIGHEST)
+
+
+def _turned(basis: dict[str, Array], a: Array, delta: Array) -> tuple[Array, Array]:
+    """The factors at the only position, in the eigenbasis."""
+    return (
+        jnp.matmul(a[:, 0], basis["inputs"], precision=_HIGHEST),
+        jnp.matmul(delta[:, 0], basis["outputs"], precision=_HIGHEST),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -185,6 +185,13 @@ def test_arnoldi_keeps_the_largest_eigenvalues(logistic, logistic_truth):
     assert relative_error(own, np.square(training @ kept).sum(1)) < 1e-4
 
 
+def test_arnoldi_warns_where_the_tolerance_leaves_one_direction(logistic):
+    context, _, _ = logistic
+    with pytest.warns(UserWarning, match="one direction of 4.* tolerance=10.0"):
+        fitted = baselines.influence_arnoldi(rank=4, krylov=15, tolerance=10.0).fit(KEY, context)
+    assert np.linalg.matrix_rank(fitted.vectors) == 1
+
+
 def test_arnoldi_iteration_ends_at_an_invariant_subspace():
     matrix = jnp.diag(jnp.asarray([3.0, 2.0, 1.0, 1.0, 1.0, 0.0]))
     start = jnp.asarray([1.0, 1.0, 0.0, 0.0, 1.0, 0.0])
