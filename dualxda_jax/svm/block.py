@@ -55,7 +55,7 @@ class Solved(NamedTuple):
     cycles: Array
 
 
-def solve(block: Problem, weights: Array, simplex: Array, goal: Array, visits: Array) -> Solved:
+def solve(block: Problem, weights: Array, simplex: Array, goal: Array, visits: Array, low: Any = None) -> Solved:
     """Solve for a block.
 
     Args:
@@ -64,6 +64,7 @@ def solve(block: Problem, weights: Array, simplex: Array, goal: Array, visits: A
         simplex: [k, m] q of the block.
         goal: scalar, the slack to reach.
         visits: scalar, rows to read at most.
+        low: the precision of directions; that of the weights if None.
     """
     dtype = weights.dtype
     goal = goal.astype(dtype)
@@ -89,7 +90,7 @@ def solve(block: Problem, weights: Array, simplex: Array, goal: Array, visits: A
         free = jnp.sum(jnp.sum(q > 0.0, axis=0, dtype=jnp.int32) > 1, dtype=jnp.int32)
         settled = (slack > goal) & (changed.astype(jnp.float32) <= SETTLED * free.astype(jnp.float32))
         stay = lambda: (weights, q, jnp.asarray(False))  # noqa: E731
-        weights, q, kept = lax.cond(settled, lambda: face.improve(block, weights, q, state.limit), stay)
+        weights, q, kept = lax.cond(settled, lambda: face.improve(block, weights, q, state.limit, low), stay)
         # A step that others got in the way of was too long: most of its iterations were in vain.
         limit = jnp.clip(jnp.where(kept, 2 * state.limit, state.limit // 2), min(least, most), most)
         fell = slack < FALL * state.least
@@ -137,7 +138,13 @@ def solve_block(
         The state with new q and its W(α); what a survey tells is still that of before.
     """
     index, there = choose(problem.cost, state, size, config)
-    return settle(gather(problem, index, there, dtype), state, index, there, target, config)
+    low = direction_dtype(problem, dtype)
+    return settle(gather(problem, index, there, dtype), state, index, there, target, config, low)
+
+
+def direction_dtype(problem: Problem, dtype: Any) -> Any:
+    """float32, but for float64 features: they come with tight tolerances and large costs."""
+    return dtype if problem.features.dtype == jnp.float64 else jnp.float32
 
 
 def choose(costs: Array, state: SolverState, size: int, config: SolverConfig) -> tuple[Array, Array]:
@@ -152,7 +159,7 @@ def choose(costs: Array, state: SolverState, size: int, config: SolverConfig) ->
 
 
 def settle(
-    block: Problem, state: SolverState, index: Array, there: Array, target: Array, config: SolverConfig
+    block: Problem, state: SolverState, index: Array, there: Array, target: Array, config: SolverConfig, low: Any
 ) -> SolverState:
     """Solve for chosen samples.
 
@@ -163,13 +170,14 @@ def settle(
         there: [size] bool, which of them count.
         target: scalar, the relative gap that the solve is after.
         config: static options.
+        low: the precision of directions.
     """
     n, dtype = state.norms.shape[0], block.cost.dtype
     mine = state.simplex[:, index]
     enough = ENOUGH * target * state.primal
     goal = jnp.where(REDUCTION * state.slack <= ALMOST * enough, enough, REDUCTION * state.slack)
     left = jnp.maximum(config.max_epochs * float(n) - state.visits, 1.0).astype(jnp.float32)
-    solved = solve(block, state.weights.astype(dtype), mine.astype(dtype), goal, left)
+    solved = solve(block, state.weights.astype(dtype), mine.astype(dtype), goal, left, low)
     # W(α) follows in the precision of the state, so that what sweeps lose to rounding does not add up.
     exact = dataclasses.replace(block, cost=block.cost.astype(state.weights.dtype), offset=state.weights)
     found = normalised(solved.simplex, mine.dtype)

@@ -9,7 +9,7 @@ An iteration reads the free rows once: with u the step in units of 1/(C_i ‖φ_
 matrix is J X Xᵀ J, J the removal of the mean over the classes of a sample; the curvature along p is ‖Xᵀp‖², known
 before the rows are read for X(Xᵀp), after which the new residual is there for Xᵀr.
 
-Conjugate gradients run in float32 whatever comes in: a direction need not be exact. The slope that they start from, the
+Conjugate gradients may run in a lower precision, as a direction need not be exact: the slope that they start from, the
 point that is taken and its W are in the precision of the weights, so that steps refine each other.
 
 Where more is free than W has room for, the quadratic is flat in some directions and the dual may rise along them
@@ -28,7 +28,7 @@ from jax import lax
 from dualxda_jax.svm import simplex
 from dualxda_jax.svm.problem import Array, Problem, contract, one_hot_of, places
 
-PART, LOW = 256, jnp.float32
+PART = 256
 # Part of the residual that is left, the shares of the step that are tried, and the part of the gain that was promised
 # from which on no smaller share is tried.
 FORCING, SHARES, PROMISE = 0.1, (1.0, 0.3, 0.1, 0.03, 0.01), 0.5
@@ -43,7 +43,7 @@ class Face(NamedTuple):
     Attributes:
         order: [p] int32 their places among all.
         parts: scalar int32, parts that hold any.
-        features: [p, D] at norm 1, in float32; zero beyond the free ones.
+        features: [p, D] at norm 1, in the precision of conjugate gradients; zero beyond the free ones.
         weight: [p] C_i ‖φ_i‖; 0 beyond.
         norms: [p] ‖φ_i‖; 1 beyond.
         q: [k, p].
@@ -59,7 +59,9 @@ class Face(NamedTuple):
     active: Array
 
 
-def improve(problem: Problem, weights: Array, q: Array, limit: Array | int) -> tuple[Array, Array, Array]:
+def improve(
+    problem: Problem, weights: Array, q: Array, limit: Array | int, low: Any = None
+) -> tuple[Array, Array, Array]:
     """Step on the face.
 
     Args:
@@ -67,11 +69,12 @@ def improve(problem: Problem, weights: Array, q: Array, limit: Array | int) -> t
         weights: [k, D] W(α).
         q: [k, m], in the precision of the weights.
         limit: iterations to take at most.
+        low: the precision of conjugate gradients; that of the weights if None.
 
     Returns:
         Weights and q after the step, and whether it kept its promise: that nothing much was in its way.
     """
-    face = _face_of(problem, q)
+    face = _face_of(problem, q, low or weights.dtype)
     labels = one_hot_of(problem.labels[face.order], q.shape[0], weights.dtype)
 
     def rows(i: Array) -> Array:
@@ -101,7 +104,7 @@ def improve(problem: Problem, weights: Array, q: Array, limit: Array | int) -> t
 
     change, towards = lax.cond(jnp.any(flat != 0.0), follow, lambda: (change, towards))
     new = q.at[:, jnp.where(face.weight > 0.0, face.order, q.shape[1])].set(face.q + change, mode="drop")
-    if weights.dtype == LOW:
+    if weights.dtype == face.features.dtype:
         return weights - towards, new, gain >= PROMISE * promised
 
     def less(i: Array, total: Array) -> Array:
@@ -122,7 +125,7 @@ def _seen(face: Face, image: Array) -> Array:
     return _balanced(face.active, lax.fori_loop(jnp.asarray(0, jnp.int32), face.parts, one, zero))
 
 
-def _face_of(problem: Problem, q: Array) -> Face:
+def _face_of(problem: Problem, q: Array, low: Any) -> Face:
     dtype, m = q.dtype, q.shape[1]
     padded = -(-m // PART) * PART
     cost = problem.cost.astype(dtype)
@@ -140,10 +143,10 @@ def _face_of(problem: Problem, q: Array) -> Face:
         norm = jnp.sqrt(jnp.sum(x * x, axis=1))
         there = lax.dynamic_slice_in_dim(counts, i * PART, PART) & (norm > 0.0)
         x = jnp.where(there[:, None], x / jnp.where(there, norm, 1.0)[:, None], 0.0)
-        buffer = lax.dynamic_update_slice_in_dim(buffer, x.astype(LOW), i * PART, 0)
+        buffer = lax.dynamic_update_slice_in_dim(buffer, x.astype(low), i * PART, 0)
         return buffer, lax.dynamic_update_slice_in_dim(norms, jnp.where(there, norm, 0.0), i * PART, 0)
 
-    start = jnp.zeros((padded, problem.features.shape[1]), LOW), jnp.zeros(padded, dtype)
+    start = jnp.zeros((padded, problem.features.shape[1]), low), jnp.zeros(padded, dtype)
     features, norms = lax.fori_loop(jnp.asarray(0, jnp.int32), parts, lay, start)
     there = norms > 0.0
     mine = jnp.where(there[None, :], q[:, order], 0.0)
@@ -160,7 +163,7 @@ def _balanced(active: Array, values: Array) -> Array:
 
 def _solve(face: Face, slope: Array, limit: Array | int) -> tuple[Array, Array]:
     """The step [k, p] in u by conjugate gradients, and a direction without curvature or zero."""
-    dtype, slope = slope.dtype, slope.astype(LOW)
+    dtype, slope = slope.dtype, slope.astype(face.features.dtype)
 
     def over_parts(image: Array, share: Array, state: tuple[Array, Array, Array]) -> Any:
         """U and r after a step along p, with Xᵀr and ‖r‖² of the new r."""
@@ -224,7 +227,7 @@ def _search(
         # Columns beyond the free ones have no active class.
         moved = jnp.where(face.active, simplex.project(jnp.where(inside, point, 0.0), axis=0) - q, 0.0)
 
-        low = (weight * moved).astype(LOW)
+        low = (weight * moved).astype(face.features.dtype)
 
         def add(i: Array, total: Array) -> Array:
             x = lax.dynamic_slice_in_dim(face.features, i * PART, PART)
@@ -235,7 +238,7 @@ def _search(
         length = jnp.clip(rise / jnp.where(square > 0.0, square, 1.0), 0.0, 1.0)
         gain = length * rise - 0.5 * length * length * square
         pick = lambda new, old: jnp.where(gain > best, new, old)  # noqa: E731
-        return pick(gain, best), pick(length * moved, change), pick(length.astype(LOW) * seen, image), j + 1
+        return pick(gain, best), pick(length * moved, change), pick(length.astype(seen.dtype) * seen, image), j + 1
 
     def unfinished(state: Any) -> Array:
         best, _, _, j = state
@@ -243,7 +246,7 @@ def _search(
         return (j < len(shares)) & ((j == 0) | (best < PROMISE * share * (2.0 - share) * promised))
 
     zero = jnp.zeros((), slope.dtype)
-    blank = jnp.zeros((slope.shape[0], face.features.shape[1]), LOW)
+    blank = jnp.zeros((slope.shape[0], face.features.shape[1]), face.features.dtype)
     first = (zero, jnp.zeros_like(step), blank, jnp.asarray(0, jnp.int32))
     gain, change, image, _ = lax.while_loop(unfinished, attempt, first)
     return change, image, gain

@@ -29,7 +29,7 @@ PRECISE_GAP = 1e-2
 # Its blocks hold this many times the samples that are undecided, and at most double from one round to the next.
 ROOM = 1.5
 # A round in float32 has reached what float32 can tell where the dual rose by less than this part of the gap, or where,
-# below the second, more than the third of the gap is left; a block aims at 0.3 of it.
+# below the second, more than half of the gap is left; a block aims at 0.3 of it.
 FLOAT32_RISE, FLOAT32_GAP, FLOAT32_FALL = 1e-3, 1e-3, 0.5
 
 

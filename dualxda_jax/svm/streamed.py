@@ -283,7 +283,8 @@ def _settle(
     every = jnp.arange(index.shape[0], dtype=jnp.int32)
     if config.method == "coordinate":
         dtype = jnp.float64 if precise else jnp.float32
-        return block.settle(block.gather(problem, every, there, dtype), state, index, there, target, config)
+        low = block.direction_dtype(problem, dtype)
+        return block.settle(block.gather(problem, every, there, dtype), state, index, there, target, config, low)
     gathered = working_set.gather(problem, every, there, state.made)
     return working_set.settle(problem, gathered, state, index, target, config)
 
