@@ -79,8 +79,8 @@ def evaluate(
         out: folder of the results.
         methods: rows ("dualda-1e-3", "trak", ...) or methods ("dualda" stands for its three costs); all by default.
         metrics: among class, subclass, shortcut, mislabel, lds, coreset, pruning; all by default.
-        preset: "small" (10,000 training images, 300 queries, 50 subsets of 5,000 images: made for two CPU cores) or
-            "paper" (all training images, 2,000 queries, 100 subsets: made for a GPU).
+        preset: "small" (3,000 training images, 150 queries, 40 subsets: made for two CPU cores) or "paper" (all
+            training images, 2,000 queries, 100 subsets: made for a GPU).
         seeds: how many times all of it is done, networks trained anew.
         network: the paper's small CNN, or ResNet-18 (for a GPU).
         limit: training images, at most, instead of the preset's.

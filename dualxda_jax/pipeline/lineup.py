@@ -107,7 +107,7 @@ _ENTRIES: dict[str, dict[str, tuple[Entry, ...]]] = {
             Entry(
                 "arnoldi",
                 "influence_arnoldi",
-                # The head's Hessian is so small that the usual tolerance, 0.1, ends the iteration after one direction.
+                # The head's Hessian makes vectors so short that the usual tolerance, 0.1, ends it after one direction.
                 (("params", "head"), ("rank", 64), ("krylov", 100), ("samples", 2_000), ("tolerance", 1e-4)),
                 on_features=True,
             ),

@@ -108,9 +108,9 @@ def selection_figure(results: dict[str, Any]) -> Figure | None:
         return None
     look, width = styles(results["methods"]), 980 if len(kinds) == 2 else 700
     with _figure(width, 400) as (figure, png):
-        span = 0.365 if len(kinds) == 2 else 0.68
+        span = 0.325 if len(kinds) == 2 else 0.65
         for i, kind in enumerate(kinds):
-            axes = _axes(figure, (0.06 + i * 0.425 if len(kinds) == 2 else 0.09, 0.14, span, 0.76))
+            axes = _axes(figure, (0.055 + i * 0.385 if len(kinds) == 2 else 0.09, 0.14, span, 0.76))
             for name, curve in results["selection"][kind].items():
                 style = look[name]
                 axes.plot(curve["fractions"], curve["values"], color=style["color"], linestyle=style["linestyle"],
@@ -120,8 +120,13 @@ def selection_figure(results: dict[str, Any]) -> Figure | None:
             title = f"{results['metrics'][kind]['title']} ({better} is better)"
             axes.set_title(title, fontsize=10, loc="left", color=INK)
             axes.xaxis.set_major_formatter(_share)
+            # What differs by little where it is small, and by much where it is large.
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(_plain)
+            axes.yaxis.set_minor_formatter(_plain)
+            axes.tick_params(axis="y", which="both", labelsize=8, colors=MUTED)
             if i == 0:
-                axes.set_ylabel("cross-entropy", fontsize=10, color=INK)
+                axes.set_ylabel("cross-entropy (logarithmic)", fontsize=10, color=INK)
         _legend(figure, axes)
         return Figure(png(), width, 400)
 
@@ -237,6 +242,11 @@ _SHIFTS = [
 
 def _share(value: float, _: Any = None) -> str:
     return f"{100 * value:.0f}%"
+
+
+def _plain(value: float, _: Any = None) -> str:
+    """A tick of a logarithmic axis; only those with the leading digit 1, 2 or 5, so that they stand apart."""
+    return f"{value:g}" if f"{value:e}"[0] in "125" else ""
 
 
 def _percent(axes: Any) -> None:

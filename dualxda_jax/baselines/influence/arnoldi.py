@@ -72,8 +72,8 @@ def influence_arnoldi(
             for 150, or the number of parameters if that is less.
         samples: how many training samples the Hessian is the mean of, drawn at random if there are more.
         tolerance: the iteration ends where the next direction is shorter than this before it is normalised: a length
-            in units of the Hessian's eigenvalues. Of a network that is certain of its training samples these are so
-            small that the default ends the iteration at once; a warning says so.
+            in units of the Hessian's eigenvalues. Of a network that is certain of its training samples most are so
+            small that the default may end the iteration at once; a warning says so.
         regularization: added to the eigenvalues.
         inverse_tolerance: regularised eigenvalues up to this are left out, negative ones with them.
         hessian: "exact", or "ggn" for the Gauss-Newton matrix, which is never indefinite for cross-entropy.
