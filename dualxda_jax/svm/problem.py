@@ -235,7 +235,9 @@ def to_coefficients(simplex: Array, labels: Array, cost: Array, dtype: Any) -> A
     at_label = one_hot_of(labels, simplex.shape[0], jnp.bool_)
     cost = cost.astype(dtype)
     others = jnp.where(at_label, 0.0, cost[None, :] * simplex.astype(dtype))
-    return jnp.where(at_label, jnp.minimum(jnp.sum(others, axis=0), cost)[None, :], -others).T
+    # In the precision of q: over many classes, rounding of a sum in a narrower one adds up.
+    total = jnp.sum(others.astype(jnp.asarray(simplex).dtype), axis=0).astype(others.dtype)
+    return jnp.where(at_label, jnp.minimum(total, cost)[None, :], -others).T
 
 
 def normalised(simplex: Array, dtype: Any) -> Array:
