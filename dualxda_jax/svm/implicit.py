@@ -32,6 +32,7 @@ from jax import lax
 
 from dualxda_jax import _check
 from dualxda_jax.svm import implicit_rows as rows
+from dualxda_jax.svm.problem import contract
 
 Array = jax.Array
 
@@ -145,7 +146,7 @@ def _pull(at: rows.Point, cotangent: Array, *, static: rows.Static) -> tuple[Arr
     cotangent = cotangent.astype(jnp.float64)
     adjoint = rows.solve(at, face, rows.tangent(face.active, -cotangent), static)
     weights = rows.outer(adjoint, at.features, static.intercept_scaling, static.chunk)
-    by_features = rows.dot(face.alpha, weights[:, :d]) + rows.dot(adjoint, face.weights[:, :d])
+    by_features = contract(face.alpha, weights[:, :d], 1, 0) + contract(adjoint, face.weights[:, :d], 1, 0)
     by_cost = jnp.sum(
         face.direction * (cotangent + rows.scores(at.features, weights, static.intercept_scaling, static.chunk)), axis=1
     )

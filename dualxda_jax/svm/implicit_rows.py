@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dualxda_jax.svm.problem import Array, places
+from dualxda_jax.svm.problem import Array, contract, places, with_constant
 
 _MAX_ITERATIONS = 5000
 
@@ -60,16 +60,10 @@ def tangent(active: Array, values: Array) -> Array:
     return jnp.where(active > 0.0, kept - mean[:, None], 0.0)
 
 
-def dot(left: Array, right: Array, axes: tuple[int, int] = (1, 0)) -> Array:
-    """The product over one axis of each, at full precision."""
-    # Not einsum or matmul: they name a result dtype, which vmap around jit checks where float64 is unknown.
-    return lax.dot_general(left, right, (((axes[0],), (axes[1],)), ((), ())), precision=lax.Precision.HIGHEST)
-
-
 def sum_rows(left: Array, right: Array) -> Array:
     """Product leftᵀ · right, replicated: rows across an Explicit mesh axis end in one sum over the devices."""
     if not _row_sharded(right):
-        return dot(left, right, (0, 0))
+        return contract(left, right, 0, 0)
     everywhere = NamedSharding(jax.typeof(right).sharding.mesh, PartitionSpec(None, None))
     dimensions = (((0,), (0,)), ((), ()))
     return lax.dot_general(left, right, dimensions, precision=lax.Precision.HIGHEST, out_sharding=everywhere)
@@ -77,10 +71,7 @@ def sum_rows(left: Array, right: Array) -> Array:
 
 def _extended(features: Array, scaling: float) -> Array:
     """Rows in float64, with the constant feature where there is one."""
-    features = features.astype(jnp.float64)
-    if scaling == 0.0:
-        return features
-    return jnp.concatenate([features, jnp.full_like(features[:, :1], scaling)], axis=1)
+    return with_constant(features.astype(jnp.float64), scaling)
 
 
 def outer(left: Array, features: Array, scaling: float, chunk: int) -> Array:
@@ -94,7 +85,7 @@ def outer(left: Array, features: Array, scaling: float, chunk: int) -> Array:
         start = jnp.minimum(number * chunk, n - chunk)
         fresh = start + jnp.arange(chunk, dtype=jnp.int32) >= number * chunk
         rows = jnp.where(fresh[:, None], lax.dynamic_slice_in_dim(left, start, chunk), 0.0)
-        return total + dot(rows, _extended(lax.dynamic_slice_in_dim(features, start, chunk), scaling), (0, 0))
+        return total + contract(rows, _extended(lax.dynamic_slice_in_dim(features, start, chunk), scaling), 0, 0)
 
     return lax.fori_loop(*_count(-(-n // chunk)), add, jnp.zeros((k, width), jnp.float64))
 
@@ -103,11 +94,11 @@ def scores(features: Array, weights: Array, scaling: float, chunk: int) -> Array
     """[n, k] (φ_i, b) · weightsᵀ, chunk by chunk."""
     n, k = features.shape[0], weights.shape[0]
     if _whole(features, chunk):
-        return dot(_extended(features, scaling), weights, (1, 1))
+        return contract(_extended(features, scaling), weights, 1, 1)
 
     def write(number: Array, out: Array) -> Array:
         start = jnp.minimum(number * chunk, n - chunk)
-        rows = dot(_extended(lax.dynamic_slice_in_dim(features, start, chunk), scaling), weights, (1, 1))
+        rows = contract(_extended(lax.dynamic_slice_in_dim(features, start, chunk), scaling), weights, 1, 1)
         return lax.dynamic_update_slice_in_dim(out, rows, start, 0)
 
     return lax.fori_loop(*_count(-(-n // chunk)), write, jnp.zeros((n, k), jnp.float64))
@@ -138,7 +129,7 @@ def solve(at: Point, face: Face, right: Array, static: Static) -> Array:
         rows = _extended(at.features, scaling) * scale
 
         def apply_all(u: Array) -> Array:
-            return tangent(face.active, dot(rows, sum_rows(u, rows), (1, 1)))
+            return tangent(face.active, contract(rows, sum_rows(u, rows), 1, 1))
 
         return scale * _conjugate_residuals(apply_all, scale * right, _limit(face))
 
@@ -159,11 +150,11 @@ def solve(at: Point, face: Face, right: Array, static: Static) -> Array:
     def apply(u: Array) -> Array:
         def add(number: Array, total: Array) -> Array:
             part = lax.dynamic_slice_in_dim(u, number * block, block)
-            return total + dot(part, rows_of(number)[0], (0, 0))
+            return total + contract(part, rows_of(number)[0], 0, 0)
 
         def write(number: Array, out: Array) -> Array:
             part = tangent(
-                lax.dynamic_slice_in_dim(active, number * block, block), dot(rows_of(number)[0], weights, (1, 1))
+                lax.dynamic_slice_in_dim(active, number * block, block), contract(rows_of(number)[0], weights, 1, 1)
             )
             return lax.dynamic_update_slice_in_dim(out, part, number * block, 0)
 

@@ -2,9 +2,9 @@
 
 A pass over all samples is a fold over slabs of rows; a block of samples is gathered on the host. On the device lie, of
 everything with d columns, two slabs (one in use and one on its way) or one block, which together with its copies in the
-working precision takes no more than `SolverConfig.device_bytes`; and beside that weights [k, d] and what is kept per
-sample and class, some arrays [k, n]. Sweeps take slabs of pieces from all over the rows, so that
-data that are sorted by class do no harm.
+working precision takes no more than `SolverConfig.device_bytes` (64 rows if those are more); and beside that weights
+[k, d] and what is kept per sample and class, some arrays [k, n]. Sweeps take slabs of pieces from all over the rows, so
+that data that are sorted by class do no harm.
 
 Source: for blocks that fit the memory, Yu et al., KDD 2010.
 """
@@ -135,7 +135,7 @@ def weights(data: Data, q: Array, *, num_classes: int, config: SolverConfig) -> 
     """[k, D] W(α) in float64."""
     d = data.features.shape[1] + (config.intercept_scaling != 0.0)
     body = functools.partial(_weights, q, config=config)
-    return _fold(data, config, lambda *a: body(*a), jnp.zeros((num_classes, d), jnp.float64))
+    return _fold(data, config, body, jnp.zeros((num_classes, d), jnp.float64))
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
@@ -152,7 +152,7 @@ def _survey(
     nothing = jnp.zeros_like(weights), jnp.zeros((), weights.dtype), jnp.zeros((), weights.dtype)
     first = q, jnp.zeros(n, jnp.float32), jnp.zeros(n, jnp.float32), *nothing
     body = functools.partial(_look, weights, config=config, assign=assign, exact=exact, precise=precise)
-    q, lead, norms, made, loss, slack = _fold(data, config, lambda *a: body(*a), first)
+    q, lead, norms, made, loss, slack = _fold(data, config, body, first)
     primal = 0.5 * jnp.sum(weights * weights) + loss
     made = weights if exact else made
     return {"simplex": q, "lead": lead, "norms": norms, "made": made, "primal": primal, "slack": slack}
@@ -303,7 +303,7 @@ def certified(data: Data, state: SolverState, *, config: SolverConfig) -> tuple[
     zero = jnp.zeros((), jnp.float64)
     plain = data._replace(margin=jnp.ones_like(data.margin))
     body = functools.partial(_certify, at, q, config=config)
-    loss, gap = _fold(plain, config, lambda *a: body(*a), (zero, zero))
+    loss, gap = _fold(plain, config, body, (zero, zero))
     primal = 0.5 * jnp.sum(at * at) + loss
     return coefficients, driver.info_of(primal, gap, state.epochs + 2, config, dtype)
 

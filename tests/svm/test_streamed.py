@@ -59,8 +59,6 @@ def test_little_lies_on_the_device(problem, monkeypatch):
         return rows
 
     monkeypatch.setattr(streamed, "_to_device", counted)
-    before = {id(a) for a in jax.live_arrays()}
-    assert not any(a.shape == (N, D) for a in jax.live_arrays() if id(a) not in before)
     solved(problem, 1e-2)
     assert moved[0] > 10
     assert 0 < most[0] <= LIMIT < features.nbytes / 5
