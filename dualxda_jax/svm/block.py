@@ -135,7 +135,8 @@ def solve_block(
         dtype: the precision to sweep in.
 
     Returns:
-        The state with new q and its W(α); what a survey tells is still that of before.
+        The state with new q and its W(α), and a lead of -inf where q is new; what a survey tells is still that of
+        before.
     """
     index, there = choose(problem.cost, state, size, config)
     low = direction_dtype(problem, dtype)
@@ -187,6 +188,7 @@ def settle(
         weights=weights,
         made=weights,
         simplex=state.simplex.at[:, jnp.where(there, index, n)].set(found, mode="drop"),
+        lead=state.lead.at[jnp.where(there, index, n)].set(-jnp.inf, mode="drop"),
         visits=state.visits + solved.visits.astype(state.visits.dtype),
     )
 

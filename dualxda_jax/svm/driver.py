@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dualxda_jax.svm import rounds as rounds_of
-from dualxda_jax.svm import working_set
+from dualxda_jax.svm import screening, working_set
 from dualxda_jax.svm.config import SolverConfig
 from dualxda_jax.svm.inputs import Start, in_trace, result_dtype
 from dualxda_jax.svm.problem import (
@@ -86,13 +86,16 @@ def margin_for(rounds: Array | int, config: SolverConfig, dtype: Any) -> Array:
     return 1.0 + config.tolerance * excess
 
 
-def begin(data: Data, start: Start | None, num_classes: int, config: SolverConfig) -> SolverState:
-    """The first state, in a trace: from a solution, or from zero, by sweeps or a sample where there are many rows."""
+def begin(data: Data, start: Start | None, num_classes: int, config: SolverConfig, low: Any = None) -> SolverState:
+    """The first state, in a trace: from a solution, or from zero, by sweeps or a sample where there are many rows.
+
+    From a solution, samples are looked at in the precision `low` if one is given.
+    """
     problem = problem_from(data, num_classes, config)
     n, k = data.features.shape[0], num_classes
     none = jnp.zeros((), jnp.float64)
     if start is not None:
-        return _warm(problem, start, config)
+        return _warm(problem, start, config, low)
     nothing = from_coefficients(jnp.zeros((n, k), jnp.float64), problem.labels, problem.cost)
     by_newton = config.method == "newton"
     if problem.count <= least_block(config):
@@ -120,7 +123,7 @@ def begin(data: Data, start: Start | None, num_classes: int, config: SolverConfi
     return rounds_of.state_at(problem, q, i.astype(jnp.float64) * n, config)
 
 
-def _warm(problem: Problem, start: Start, config: SolverConfig) -> SolverState:
+def _warm(problem: Problem, start: Start, config: SolverConfig, low: Any) -> SolverState:
     """From a solution: its dual variables or the classes that its weights put first, whichever have the smaller gap.
 
     At the cost that it was found at, the dual variables are better; at another, most of them are at the wrong bound.
@@ -128,14 +131,15 @@ def _warm(problem: Problem, start: Start, config: SolverConfig) -> SolverState:
     q = from_coefficients(start.coefficients.astype(jnp.float64), problem.labels, problem.cost)
     penalty = working_set.first_penalty(problem, config)
     given, none = start.weights.astype(jnp.float64), jnp.zeros((), jnp.float64)
-    kept = working_set.begin(problem, q, given, penalty, none, config, assign=False)
-    led = working_set.begin(problem, q, given, penalty, kept.visits, config, assign=True)
+    data = rounds_of.lowered(problem, low)
+    kept = working_set.begin(data, q, given, penalty, none, config, assign=False)
+    led = working_set.begin(data, q, given, penalty, kept.visits, config, assign=True)
     kept = dataclasses.replace(kept, visits=led.visits)
     better = led.gap < kept.gap
     best: SolverState = jax.tree.map(lambda a, b: jnp.where(better, a, b), led, kept)
     if config.method == "newton":
         return best
-    return rounds_of.state_at(problem, best.simplex, best.visits, config)
+    return rounds_of.state_at(problem, best.simplex, best.visits, config, low, screened=low is not None)
 
 
 def info_of(primal: Array, gap: Array, epochs: Array, config: SolverConfig, dtype: Any) -> SolveInfo:
@@ -145,13 +149,24 @@ def info_of(primal: Array, gap: Array, epochs: Array, config: SolverConfig, dtyp
     return SolveInfo(parts[0], parts[1], parts[2], epochs.astype(jnp.int32), ratio <= config.tolerance)
 
 
-def certificate(problem: Problem, q: Array, dtype: Any) -> tuple[Array, Array, Array]:
-    """The coefficients as they are returned, rounded to their dtype, and primal and gap of exactly those."""
+def certificate(
+    problem: Problem, state: SolverState, config: SolverConfig, dtype: Any, *, screened: bool = False
+) -> tuple[Array, Array, Array]:
+    """The coefficients as they are returned, rounded to their dtype, and primal and gap of exactly those.
+
+    Where `screened`, a look at the samples suffices that the leads of the state do not put beyond doubt.
+    """
     plain = dataclasses.replace(problem, margin=jnp.ones_like(problem.margin))
-    coefficients = to_coefficients(q, problem.labels, problem.cost, dtype)
+    coefficients = to_coefficients(state.simplex, problem.labels, problem.cost, dtype)
     rounded = from_coefficients(coefficients.astype(problem.cost.dtype), problem.labels, problem.cost)
-    primal, gap = primal_and_gap(plain, weights_of(plain, rounded), rounded)
-    return coefficients, primal, gap
+    if not screened:
+        return coefficients, *primal_and_gap(plain, weights_of(plain, rounded), rounded)
+    weights = screening.weights_of(plain, rounded)
+    # The margin that the leads were found with is off by no more than the tolerance, see `margin_for`.
+    lead = screening.aged(state, weights, config.tolerance)
+    lead = jnp.where(jnp.any((rounded > 0.0) != (state.simplex > 0.0), axis=0), -jnp.inf, lead)
+    gap = screening.slack_of(plain, weights, rounded, lead)
+    return coefficients, screening.dual_of(plain, weights, rounded) + gap, gap
 
 
 def next_target(target: Any, config: SolverConfig) -> Any:
@@ -159,62 +174,107 @@ def next_target(target: Any, config: SolverConfig) -> Any:
     return jnp.maximum(0.25 * target, 0.2 * config.tolerance)
 
 
-@functools.partial(jax.jit, static_argnames=("num_classes", "config"))
 def solve_traced(data: Data, start: Start | None, *, num_classes: int, config: SolverConfig) -> tuple[Array, SolveInfo]:
-    """The whole solve as one program: (coefficients [n, k], info)."""
-    problem = problem_from(data, num_classes, config)
+    """The whole solve as one program: (coefficients [n, k], info).
+
+    Under `vmap`, coordinates solve one problem after another: side by side, each would wait for the slowest in every
+    loop, and go both ways at every fork. Newton's method goes side by side, as its products are what takes time.
+    """
+    given = {"num_classes": num_classes, "config": config}
+    if config.method != "coordinate":
+        return _solve_traced(data, start, **given)
+    solve = jax.custom_batching.custom_vmap(lambda data, start: _solve_traced(data, start, **given))
+
+    @solve.def_vmap
+    def _(size: int, batched: Any, data: Data, start: Start | None) -> tuple[Any, Any]:
+        leaves, tree = jax.tree.flatten((data, start))
+        flags = tuple(jax.tree.leaves(batched))
+        # A `jit` inside of the `vmap` has left the context that it was traced in.
+        with jax.enable_x64(True):
+            out = _one_by_one(leaves, flags=flags, tree=tree, **given)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return solve(data, start)
+
+
+@functools.partial(jax.jit, static_argnames=("flags", "tree", "num_classes", "config"))
+def _one_by_one(
+    leaves: list[Array], *, flags: tuple[bool, ...], tree: Any, num_classes: int, config: SolverConfig
+) -> tuple[Array, SolveInfo]:
+    """Solves for the entries along the leading axis of the leaves that have one, by their flags."""
+
+    def one(mapped: list[Array]) -> tuple[Array, SolveInfo]:
+        entry = iter(mapped)
+        data, start = jax.tree.unflatten(tree, [next(entry) if f else a for a, f in zip(leaves, flags, strict=True)])
+        return solve_traced(data, start, num_classes=num_classes, config=config)
+
+    return lax.map(one, [a for a, f in zip(leaves, flags, strict=True) if f])
+
+
+@functools.partial(jax.jit, static_argnames=("num_classes", "config"))
+def _solve_traced(
+    data: Data, start: Start | None, *, num_classes: int, config: SolverConfig
+) -> tuple[Array, SolveInfo]:
+    problem, screened = problem_from(data, num_classes, config), config.method == "coordinate"
     n, dtype = problem.count, result_dtype(data.features)
     size = min(n, max(NEWTON_BLOCKS * config.block, -(-n // 8)))
     state = begin(data, start, num_classes, config)
 
     by_newton = dataclasses.replace(config, method="newton")
+    none = jnp.asarray(0, jnp.int32)
 
     def unfinished(state: SolverState, target: Array) -> Array:
         far = relative(state.gap, state.primal) > target
         return far & ~jnp.isnan(state.gap) & (state.epochs < config.max_epochs)
 
-    def solve_to(state: SolverState, target: Array, margin: Array, poor: Array) -> tuple[SolverState, Array]:
-        asked = dataclasses.replace(problem, margin=margin)
+    def solve_to(state: SolverState, target: Array, margin: Array) -> SolverState:
+        asked, close = dataclasses.replace(problem, margin=margin), jnp.asarray(False)
         if config.method == "coordinate":
 
             def sweep_on(carry: tuple[SolverState, Array]) -> tuple[SolverState, Array]:
-                new = rounds_of.step(asked, carry[0], target, size, config)
+                new = rounds_of.step(asked, carry[0], target, size, config, screened=screened)
                 return new, carry[1] + rounds_of.poor(carry[0], new).astype(jnp.int32)
 
             well = lambda c: unfinished(c[0], target) & (c[1] < rounds_of.POOR_ROUNDS)  # noqa: E731
-            state, poor = lax.while_loop(well, sweep_on, (state, poor))
+            state, _ = lax.while_loop(well, sweep_on, (state, none))
             soft = working_set.first_penalty(problem, config)
             state = dataclasses.replace(state, penalty=jnp.maximum(state.penalty, soft), first_penalty=soft)
+            close = relative(state.gap, state.primal) <= rounds_of.CLOSE
         go_on = lambda s: rounds_of.step(asked, s, target, size, by_newton)  # noqa: E731
-        return lax.while_loop(lambda s: unfinished(s, target), go_on, state), poor
+        return lax.while_loop(lambda s: unfinished(s, target) & ~close, go_on, state)
 
     def again(carry: Any) -> Array:
-        state, _, (_, primal, gap), rounds, _ = carry
+        state, _, (_, primal, gap), rounds = carry
         ratio = relative(gap, primal)
         short = (ratio > config.tolerance) & jnp.isfinite(ratio) & (state.epochs < config.max_epochs)
         return (rounds == 0) | (short & (rounds < MAX_ROUNDS))
 
     def refine(carry: Any) -> Any:
-        state, target, _, rounds, poor = carry
+        state, target, found, rounds = carry
         # What a survey said holds for the margin that it was made with: another one asks for one more round.
         state = dataclasses.replace(state, slack=jnp.where(rounds < 1, state.slack, state.slack + 1e-3 * state.primal))
-        state, poor = solve_to(state, target, margin_for(rounds, config, dtype), poor)
-        found = certificate(problem, state.simplex, dtype)
+        state = solve_to(state, target, margin_for(rounds, config, dtype))
+        new = certificate(problem, state, config, dtype, screened=screened)
+        ratio, least = (relative(gap, primal) for _, primal, gap in (new, found))
+        better = (rounds == 0) | (ratio < least)
+        found = jax.tree.map(lambda a, b: jnp.where(better, a, b), new, found)
         state = dataclasses.replace(state, visits=state.visits + 2.0 * n)
-        return state, next_target(target, config), found, rounds + 1, poor
+        return state, next_target(target, config), found, rounds + 1
 
     zero = jnp.zeros((), jnp.float64)
     nothing = (jnp.zeros((data.features.shape[0], num_classes), dtype), zero, zero)
-    none = jnp.asarray(0, jnp.int32)
-    first = (state, jnp.asarray(config.tolerance, jnp.float64), nothing, none, none)
-    state, _, (coefficients, primal, gap), *_ = lax.while_loop(again, refine, first)
+    first = (state, jnp.asarray(config.tolerance, jnp.float64), nothing, none)
+    state, _, (coefficients, primal, gap), _ = lax.while_loop(again, refine, first)
     return coefficients, info_of(primal, gap, state.epochs, config, dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("num_classes", "config"))
-def first_state(data: Data, start: Start | None, *, num_classes: int, config: SolverConfig) -> SolverState:
+@functools.partial(jax.jit, static_argnames=("num_classes", "config", "precise"))
+def first_state(
+    data: Data, start: Start | None, *, num_classes: int, config: SolverConfig, precise: bool = True
+) -> SolverState:
     """`begin` as a program of its own."""
-    return begin(data, start, num_classes, config)
+    low = None if precise or config.method == "newton" else jnp.float32
+    return begin(data, start, num_classes, config, low)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "size", "precise"))
@@ -223,7 +283,8 @@ def one_round(
 ) -> tuple[SolverState, Array, Array]:
     """A round, and what the host decides by: the relative gap, and how many samples are undecided."""
     problem = problem_from(data, state.weights.shape[0], config)
-    state = rounds_of.step(problem, state, target, size, config, None if precise else jnp.float32)
+    low = None if precise else jnp.float32
+    state = rounds_of.step(problem, state, target, size, config, low, screened=True)
     return state, relative(state.gap, state.primal), summed(state.undecided, problem.axis)
 
 
@@ -232,5 +293,5 @@ def certified(data: Data, state: SolverState, *, config: SolverConfig) -> tuple[
     """The coefficients of a state with their certificate."""
     problem = problem_from(data, state.weights.shape[0], config)
     dtype = result_dtype(data.features)
-    coefficients, primal, gap = certificate(problem, state.simplex, dtype)
+    coefficients, primal, gap = certificate(problem, state, config, dtype, screened=problem.axis is None)
     return coefficients, info_of(primal, gap, state.epochs + 2, config, dtype)

@@ -48,22 +48,28 @@ def solve_on_host(
     first, to_gap = (_sampled_start, _by_newton) if by_newton else (_swept_start, _by_coordinates)
     report, run = _reporter(progress, config), programs_for(data, config)
     if start is not None or data.features.shape[0] <= least_block(config):
-        state = run.first_state(data, start, num_classes=num_classes, config=config)
+        precise = start is None or data.features.dtype == jnp.float64
+        state = run.first_state(data, start, num_classes=num_classes, config=config, precise=precise)
     else:
         state = first(data, num_classes, config)
     size = min(run.most_rows(data, config), least_block(config))
     target, slack = config.tolerance, 0
+    best: tuple[Array, SolveInfo] | None = None
     for _ in range(MAX_ROUNDS):
         state, size, slack = to_gap(data, state, target, size, config, report, slack)
         if slack > 0 and not by_newton and data.costs.dtype != jnp.float64:
             state = run.on_grid(_with_slack(data, slack, config), state, num_classes=num_classes, config=config)
-        coefficients, info = run.certified(data, state, config=config)
+        found = run.certified(data, state, config=config)
+        info = found[1]
+        if best is None or float(info.gap) < float(best[1].gap):
+            best = found
         state = dataclasses.replace(state, visits=state.visits + 2.0 * data.features.shape[0])
         if bool(info.converged) or not math.isfinite(float(info.gap)) or int(state.epochs) >= config.max_epochs:
             break
         target, slack = float(next_target(target, config)), slack + 1
-    report(float(info.gap))
-    return coefficients, info
+    assert best is not None
+    report(float(best[1].gap))
+    return best[0], dataclasses.replace(best[1], epochs=info.epochs)
 
 
 def _with_slack(data: Data, slack: int, config: SolverConfig) -> Data:
@@ -105,6 +111,8 @@ def _by_coordinates(
     ratio, exhausted, poor = float(relative(state.gap, state.primal)), False, 0
     while True:
         report(ratio)
+        if poor >= rounds_of.POOR_ROUNDS and ratio <= rounds_of.CLOSE:
+            return state, size, slack
         if poor >= rounds_of.POOR_ROUNDS:
             config = dataclasses.replace(config, method="newton")
             state = run.handed_over(data, state, num_classes=state.weights.shape[0], config=config)

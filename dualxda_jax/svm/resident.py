@@ -40,7 +40,7 @@ def state_at(
 ) -> SolverState:
     """The state at q, surveyed in float64 or in float32."""
     problem = problem_from(data, num_classes, config)
-    return rounds_of.state_at(problem, q, visits, config, None if precise else jnp.float32)
+    return rounds_of.state_at(problem, q, visits, config, None if precise else jnp.float32, screened=True)
 
 
 @functools.partial(jax.jit, static_argnames=("num_classes", "config"))

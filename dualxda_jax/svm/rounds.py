@@ -10,14 +10,18 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from dualxda_jax.svm import block, coordinate, working_set
+from dualxda_jax.svm import block, coordinate, screening, surveys, working_set
 from dualxda_jax.svm.config import SolverConfig
 from dualxda_jax.svm.problem import Array, Problem, normalised, weights_of
 from dualxda_jax.svm.working_set import GOLDEN, SolverState
 
-# A round by coordinates is poor where the dual rises by less than this part of the gap; after some, Newton's method is
-# the better one: the problem is so stiff that hardly a sample can move by itself.
-POOR_RISE, POOR_ROUNDS = 0.02, 4
+# A round by coordinates is poor where the dual rises by less than this part of itself and of the gap, and more than
+# another part of the gap is left; after some, Newton's method is the better one: the problem is so stiff that hardly a
+# sample can move by itself.
+POOR_RISE, SETTLING, POOR_ROUNDS = 0.02, 0.5, 4
+# Where the relative gap is down to this, poor rounds say that the precision is exhausted. Newton's method would not
+# help: its W is better than its W(α), and the latter is what is certified.
+CLOSE = 1e-2
 # Sweeps over all samples end once fewer than this part of them moves.
 FEW, LEAST_SWEEPS, MOST_SWEEPS = 0.17, 2, 8
 # They leave alone what violates its margin by less.
@@ -25,8 +29,9 @@ SKIP = 1e-3
 
 
 def step(
-    problem: Problem, state: SolverState, target: Array, size: int, config: SolverConfig, low: Any = None
-) -> SolverState:
+    problem: Problem, state: SolverState, target: Array, size: int, config: SolverConfig, low: Any = None,
+    *, screened: bool = False,
+) -> SolverState:  # fmt: skip
     """A round.
 
     Args:
@@ -36,6 +41,8 @@ def step(
         size: static, rows of a block.
         config: static options; `method` is not "auto".
         low: the precision of the survey and, by coordinates, of the block; that of the problem's costs if None.
+        screened: survey only what may have changed its mind; by coordinates only, and not under `vmap`, where both ways
+            would be gone.
     """
     data = lowered(problem, low)
     if config.method == "coordinate":
@@ -43,7 +50,9 @@ def step(
     else:
         moved = working_set.solve_block(problem, state, target, size, config)
     exact = config.method == "coordinate"
-    seen = working_set.survey(data, moved.weights, moved.simplex, assign=False, exact=exact)
+    if exact and screened:
+        return screening.survey(data, state, moved)
+    seen = surveys.survey(data, moved.weights, moved.simplex, assign=False, exact=exact)
     return looked_at(moved, seen)
 
 
@@ -78,12 +87,22 @@ def on_grid(problem: Problem, state: SolverState, grid: Any, places: Array | Non
     swept = coordinate.sweep(problem, state.weights, q, jnp.zeros((), state.weights.dtype), grid=grid)
     simplex = swept.simplex if places is None else state.simplex.at[:, places].set(swept.simplex, mode="drop")
     visits = state.visits + q.shape[1]
-    return dataclasses.replace(state, weights=swept.weights, made=swept.weights, simplex=simplex, visits=visits)
+    lead = screening.aged(state, swept.weights).astype(state.lead.dtype)
+    lead = jnp.where(jnp.any(simplex != state.simplex, axis=0), -jnp.inf, lead)
+    return dataclasses.replace(
+        state, weights=swept.weights, made=swept.weights, simplex=simplex, lead=lead, visits=visits
+    )
 
 
 def poor(before: SolverState, after: SolverState) -> Array:
-    """Whether a round by coordinates was a poor one."""
-    return (after.primal - after.gap) - (before.primal - before.gap) < POOR_RISE * after.gap
+    """Whether a round by coordinates was a poor one.
+
+    At a large cost the gap is no measure of what the dual has left to gain: far from the solution the primal objective
+    at W(α) is out of all proportion, and near it W(α) goes on settling when the dual has next to nothing to gain.
+    """
+    dual = after.primal - after.gap
+    little = dual - (before.primal - before.gap) < POOR_RISE * jnp.minimum(after.gap, jnp.abs(dual))
+    return little & (after.gap > SETTLING * before.gap)
 
 
 def few(moved: Any, n: int) -> Any:
@@ -91,9 +110,12 @@ def few(moved: Any, n: int) -> Any:
     return moved <= round(FEW * n)
 
 
-def state_at(problem: Problem, simplex: Array, visits: Array, config: SolverConfig, low: Any = None) -> SolverState:
-    """The state at q, with W(α) made anew."""
+def state_at(
+    problem: Problem, simplex: Array, visits: Array, config: SolverConfig, low: Any = None, *, screened: bool = False
+) -> SolverState:
+    """The state at q, with W(α) made anew; where `screened`, from the samples alone whose α is not zero."""
     data = lowered(problem, low)
     simplex = normalised(simplex, problem.offset.dtype)
     none = jnp.zeros((), problem.offset.dtype)
-    return working_set.begin(data, simplex, weights_of(data, simplex), none, visits, config, assign=False, exact=True)
+    weights = (screening.weights_of if screened else weights_of)(data, simplex)
+    return working_set.begin(data, simplex, weights, none, visits, config, assign=False, exact=True)

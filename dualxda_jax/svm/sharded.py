@@ -145,8 +145,11 @@ def most_rows(data: Data, config: SolverConfig) -> int:
     return min(max(rows, driver.least_block(config)), int(data.features.shape[0]))
 
 
-def first_state(data: Data, start: Start | None, *, num_classes: int, config: SolverConfig) -> SolverState:
-    """From a solution, or from zero or a sample."""
+def first_state(
+    data: Data, start: Start | None, *, num_classes: int, config: SolverConfig, precise: bool = True
+) -> SolverState:
+    """From a solution, or from zero or a sample; always in float64."""
+    del precise
     if start is None:
         return _program("zero_state", _rows(data), num_classes=num_classes, config=config)(data)
     return _program("first_state", _rows(data), num_classes=num_classes, config=config)(data, start)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dualxda_jax.svm import block, coordinate, driver, resident, working_set
+from dualxda_jax.svm import block, coordinate, driver, resident, surveys, working_set
 from dualxda_jax.svm import rounds as rounds_of
 from dualxda_jax.svm.config import SolverConfig
 from dualxda_jax.svm.driver import Data, problem_from
@@ -147,7 +147,7 @@ def _weights(q: Array, slab: Data, places: Array, total: Array, *, config: Solve
 def _survey(
     data: Data, weights: Array, q: Array, config: SolverConfig, *, assign: bool, exact: bool, precise: bool
 ) -> dict[str, Array]:
-    """`working_set.survey`, and the norms."""
+    """`surveys.survey`, and the norms."""
     n = q.shape[1]
     nothing = jnp.zeros_like(weights), jnp.zeros((), weights.dtype), jnp.zeros((), weights.dtype)
     first = q, jnp.zeros(n, jnp.float32), jnp.zeros(n, jnp.float32), *nothing
@@ -166,13 +166,13 @@ def _look(
     q, lead, norms, made, loss, slack = carry
     problem = problem_from(_part(slab, places), q.shape[0], config)
     low = rounds_of.lowered(problem, None if precise else jnp.float32)
-    seen = working_set.survey(low, weights, _columns(q, places), assign=assign, exact=exact)
+    seen = surveys.survey(low, weights, _columns(q, places), assign=assign, exact=exact)
     if assign:
         q = q.at[:, places].set(seen["simplex"], mode="drop")
     return (
         q,
         lead.at[places].set(seen["lead"], mode="drop"),
-        norms.at[places].set(working_set.norms_of(low), mode="drop"),
+        norms.at[places].set(surveys.norms_of(low), mode="drop"),
         made if exact else made + seen["made"],
         loss + seen["primal"] - 0.5 * jnp.sum(weights * weights),
         slack + seen["slack"],
@@ -222,8 +222,11 @@ def surveyed(
     return _begin(data, q, weights, visits, config, penalty, assign=True, exact=False)
 
 
-def first_state(data: Data, start: Start | None, *, num_classes: int, config: SolverConfig) -> SolverState:
-    """From a solution (its dual variables or what its weights say, as in `driver`), or from zero."""
+def first_state(
+    data: Data, start: Start | None, *, num_classes: int, config: SolverConfig, precise: bool = True
+) -> SolverState:
+    """From a solution (its dual variables or what its weights say, as in `driver`), or from zero; always in float64."""
+    del precise
     d, none = data.features.shape[1], jnp.zeros((), jnp.float64)
     exact = config.method == "coordinate"
     if start is None:

@@ -17,30 +17,24 @@ that of gap-safe screening (Ndiaye et al., JMLR 2017).
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from dualxda_jax.svm import newton
+from dualxda_jax.svm import newton, surveys
 from dualxda_jax.svm.config import SolverConfig
 from dualxda_jax.svm.problem import (
     Array,
     Axis,
-    Chunk,
     Problem,
     alpha_of,
-    columns,
     contract,
     largest_curvature,
     one_hot_of,
-    outer,
-    over_rows,
     place_of,
     relative,
-    scores,
     summed,
     taken,
     with_constant,
@@ -56,8 +50,6 @@ MAX_START, START_BY_GAP = 1e3, 0.5
 STIFF = 1e3
 # Part of the gap that ½‖W − W(α)‖² may be after a block.
 CLOSENESS = 0.05
-# What a sample on several classes is behind at least.
-BARELY = 1e-12
 # Norms below this count as this where leads are divided by them.
 SHORTEST = 1e-20
 GOLDEN = 0.5 * (math.sqrt(5.0) - 1.0)
@@ -114,68 +106,6 @@ class SolverState:
     def epochs(self) -> Array:
         """Samples looked at, in passes over all of them."""
         return jnp.ceil(self.visits / self.samples).astype(jnp.int32)
-
-
-def norms_of(problem: Problem) -> Array:
-    """[n] ‖(φ_i, b)‖ in float32."""
-
-    def add(chunk: Chunk, start: Array, norms: Array) -> Array:
-        square = jnp.sum(chunk.features * chunk.features, axis=1) + problem.intercept_scaling**2
-        return lax.dynamic_update_slice_in_dim(norms, jnp.sqrt(square).astype(norms.dtype), start, 0)
-
-    n = problem.features.shape[0]
-    return over_rows(problem, problem.offset.shape[0], add, jnp.zeros(n, jnp.float32))
-
-
-def survey(problem: Problem, weights: Array, q: Array, *, assign: bool, exact: bool = False) -> dict[str, Array]:
-    """One pass over all samples at W: the fields of `SolverState` that it gives.
-
-    Args:
-        problem: the data; its `cost` has the precision that the pass runs in.
-        weights: [k, D].
-        q: [k, n].
-        assign: put every sample on the class that leads first, whatever q says.
-        exact: W is W(α), which need not be made anew.
-    """
-    low = problem.cost.dtype
-    weights_low = weights.astype(low)
-
-    def add(chunk: Chunk, start: Array, carry: Any) -> Any:
-        q, lead, made, sums = carry
-        plain = scores(chunk, weights_low, problem.intercept_scaling)
-        z = plain + problem.margin.astype(low) * (1.0 - chunk.one_hot)
-        highest = jnp.max(z, axis=0)
-        if assign:
-            k = z.shape[0]
-            classes = jnp.arange(k, dtype=jnp.int32)[:, None]
-            first = jnp.min(jnp.where(z == highest[None, :], classes, k), axis=0)
-            mine = one_hot_of(first, k, low)
-            q = lax.dynamic_update_slice_in_dim(q, mine.astype(q.dtype), start, 1)
-        else:
-            mine = columns(q, start, chunk).astype(low)
-        hinge = highest - jnp.sum(plain * chunk.one_hot, axis=0)
-        slack = jnp.sum(mine * (highest[None, :] - z), axis=0)
-        if not exact:
-            alpha = alpha_of(mine, chunk.one_hot, chunk.cost)
-            made = made + outer(alpha, chunk, problem.intercept_scaling).astype(made.dtype)
-        ahead = _lead(mine, z).astype(lead.dtype)
-        sums = sums + jnp.stack([jnp.sum(chunk.cost * hinge), jnp.sum(chunk.cost * slack)]).astype(sums.dtype)
-        return q, lax.dynamic_update_slice_in_dim(lead, ahead, start, 0), made, sums
-
-    n = q.shape[1]
-    first = (q, jnp.zeros(n, jnp.float32), jnp.zeros_like(problem.offset), jnp.zeros(2, weights.dtype))
-    q, lead, made, sums = over_rows(problem, q.shape[0], add, first)
-    made, sums = weights if exact else problem.offset + summed(made, problem.axis), summed(sums, problem.axis)
-    primal = 0.5 * jnp.sum(weights * weights) + sums[0]
-    return {"simplex": q, "lead": lead, "made": made, "primal": primal, "slack": sums[1]}
-
-
-def _lead(q: Array, z: Array) -> Array:
-    inside = q > 0.0
-    single = jnp.sum(inside.astype(jnp.int32), axis=0, dtype=jnp.int32) == 1
-    least = jnp.min(jnp.where(inside, z, jnp.inf), axis=0)
-    ahead = least - jnp.max(jnp.where(inside, -jnp.inf, z), axis=0)
-    return jnp.where(single, ahead, jnp.minimum(least - jnp.max(z, axis=0), -BARELY))
 
 
 def gather(problem: Problem, index: Array, valid: Array, offset: Array) -> newton.Rows:
@@ -237,14 +167,14 @@ def begin(
     exact: bool = False,
 ) -> SolverState:
     """The state after a first survey."""
-    seen = survey(problem, weights, q, assign=assign, exact=exact)
+    seen = surveys.survey(problem, weights, q, assign=assign, exact=exact)
     n = float(problem.count)
     softest = penalty if config.method == "coordinate" else first_penalty(problem, config)
     return SolverState(
         weights=weights,
         penalty=penalty,
         first_penalty=softest,
-        norms=norms_of(problem),
+        norms=surveys.norms_of(problem),
         visits=visits + n,
         samples=jnp.full_like(visits, n),
         **seen,
@@ -255,7 +185,7 @@ def least_decided(costs: Array, state: SolverState, size: int, axis: Axis = None
     """[size] places of the samples with the smallest lead for their norm, in that order, and which of them can move."""
     n = state.norms.shape[0]
     # What has no cost has no say, what has no features needs to find its class once, and NaN must not hide the others.
-    settled = (state.norms == 0.0) & (state.lead >= -2.0 * BARELY)
+    settled = (state.norms == 0.0) & (state.lead >= -2.0 * surveys.BARELY)
     fixed = settled | (costs == 0.0) | jnp.isnan(state.lead)
     order = jnp.where(fixed, jnp.inf, state.lead / jnp.maximum(state.norms, SHORTEST))
     if axis is not None:

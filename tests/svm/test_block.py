@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dualxda_jax import svm
-from dualxda_jax.svm import coordinate, face, problem, working_set
+from dualxda_jax.svm import coordinate, face, problem, surveys
 
 N, D, K = 150, 6, 4
 CONFIG = svm.SolverConfig(method="coordinate", chunk=64)
@@ -28,7 +28,7 @@ def pose(rng, cost, scale=1.0):
 
 
 def dual(data, q):
-    seen = working_set.survey(data, problem.weights_of(data, q), q, assign=False)
+    seen = surveys.survey(data, problem.weights_of(data, q), q, assign=False)
     return float(seen["primal"] - seen["slack"])
 
 

@@ -1,5 +1,7 @@
 """The solver certifies, keeps the box, and says what is wrong with bad input."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -162,6 +164,30 @@ def test_jit_and_vmap_agree_with_eager(rng):
         np.testing.assert_allclose(mapped(costs), eager, rtol=0.05, atol=2e-2 * np.abs(eager).max())
 
 
+def test_problems_one_after_another_under_vmap(rng):
+    features, labels = make(rng)
+    config = svm.SolverConfig(method="coordinate")
+    masks = jnp.asarray(rng.random((3, 60)) < 0.5, jnp.float32)
+
+    def fit(weight, cost):
+        found = svm.solve(features, labels, num_classes=4, cost=cost, sample_weight=weight, config=config)
+        return found.coefficients, found.info.gap
+
+    each = [jax.jit(fit)(mask, jnp.float32(1e-2)) for mask in masks]
+    both = jax.vmap(fit, (0, None))
+    for mapped in (both, jax.jit(both), jax.vmap(jax.jit(fit), (0, None))):
+        alpha, gap = mapped(masks, jnp.float32(1e-2))
+        for got, one in zip(alpha, each, strict=True):
+            np.testing.assert_array_equal(got, one[0])
+        assert (np.asarray(gap) <= config.tolerance).all()
+    # Nested, and over costs: every entry is the solve of its own problem.
+    alpha, _ = jax.vmap(jax.vmap(fit, (None, 0)), (0, None))(masks, jnp.asarray([1e-3, 1e-2], jnp.float32))
+    np.testing.assert_array_equal(alpha[2, 1], each[2][0])
+    slope = jax.grad(lambda cost: jnp.sum(fit(masks[0], cost)[0] ** 2))
+    both = jax.vmap(slope)(jnp.asarray([1e-3, 1e-2], jnp.float32))
+    np.testing.assert_allclose(both[1], jax.jit(slope)(jnp.float32(1e-2)), rtol=1e-5)
+
+
 def test_out_of_epochs_is_said(rng):
     features, labels = make(rng)
     config = svm.SolverConfig(tolerance=1e-6, max_epochs=3)
@@ -220,3 +246,27 @@ def test_stiff_problems_on_data_that_overlaps(rng, scale):
         assert bool(solution.info.converged)
         primal, dual = svm.objectives(features, labels, solution.coefficients, num_classes=3, cost=cost)
         assert (primal - dual) / primal <= 1e-4
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+def test_large_costs_in_float64(rng, compiled):
+    features, labels = make(rng, 1000, 20, 5)
+    config = svm.SolverConfig(tolerance=1e-8, block=128, method="coordinate")
+    with jax.enable_x64(True):
+        features = jnp.asarray(features, jnp.float64)
+
+        def fit(cost):
+            return svm.solve(features, labels, num_classes=5, cost=cost, config=config)
+
+        fit = jax.jit(fit) if compiled else fit
+        solution = fit(jnp.float64(100.0))
+        assert bool(solution.info.converged)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", svm.NotConvergedWarning)
+            # Here float64 may not suffice: what is returned is the best that was found, and its gap is said.
+            stiff = fit(jnp.float64(1e4))
+        primal, dual = svm.objectives(features, labels, stiff.coefficients, num_classes=5, cost=1e4)
+        gap = float((primal - dual) / primal)
+    assert gap < 1e-4
+    np.testing.assert_allclose(gap, float(stiff.info.gap), rtol=1e-2, atol=1e-10)
+    assert bool(stiff.info.converged) == (float(stiff.info.gap) <= config.tolerance)
