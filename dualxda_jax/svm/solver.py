@@ -104,8 +104,9 @@ def solve(
 ) -> DualSolution:
     """Fit the multi-class SVM of Crammer and Singer and certify the fit by its duality gap.
 
-    Works in eager mode, under `jit` and under `vmap` (over cost or sample_weight). The solve and its certificate run in
-    float64 whatever dtype comes in and whether or not x64 is enabled; features are cast chunk by chunk.
+    Works in eager mode, under `jit` and under `vmap` (over cost or sample_weight; by coordinates, that is on a CPU, one
+    problem after another). The solve and its certificate run in float64 whatever dtype comes in and whether or not x64
+    is enabled; features are cast chunk by chunk.
 
     Args:
         features: [n, d] floating point. NumPy arrays and memory-mapped files beyond `config.device_bytes` stay where
