@@ -206,17 +206,17 @@ def captum_influence(job, kind, **options):
     return method.influence(job.query.tensors)
 
 
-def kronfluence(job, batch=250):
+def kronfluence(job, size=250):
     from kronfluence.analyzer import Analyzer, prepare_model
     from kronfluence.arguments import FactorArguments, ScoreArguments
     from kronfluence.task import Task
 
     class Classification(Task):
-        def compute_train_loss(self, pair, model, sample=False):
-            return nn.functional.cross_entropy(model(pair[0]), pair[1], reduction="sum")
+        def compute_train_loss(self, batch, model, sample=False):
+            return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="sum")
 
-        def compute_measurement(self, pair, model):
-            return self.compute_train_loss(pair, model)
+        def compute_measurement(self, batch, model):
+            return self.compute_train_loss(batch, model)
 
     with tempfile.TemporaryDirectory() as folder:
         task = Classification()
@@ -224,14 +224,14 @@ def kronfluence(job, batch=250):
             "speed", prepare_model(job.net, task), task, cpu=True, output_dir=folder, disable_tqdm=True
         )
         factors = FactorArguments(strategy="ekfac", use_empirical_fisher=True)
-        analyzer.fit_all_factors("f", job.train, per_device_batch_size=batch, factor_args=factors)
+        analyzer.fit_all_factors("f", job.train, per_device_batch_size=size, factor_args=factors)
         analyzer.compute_pairwise_scores(
             "s",
             "f",
             job.query,
             job.train,
             per_device_query_batch_size=len(job.query),
-            per_device_train_batch_size=batch,
+            per_device_train_batch_size=size,
             score_args=ScoreArguments(damping_factor=None),
         )
         return analyzer.load_pairwise_scores("s")["all_modules"]
