@@ -187,7 +187,7 @@ def measure(name, package, given, exported, context, x, targets):
             slope = (times[1] - times[0]) / (sizes[1] - sizes[0])
             whole = times[1] + slope * (given.train - sizes[1])
         row |= {"peer_seconds": whole, "ratio": whole / row["seconds"]}
-        if name in SAME and sizes[-1] == given.train or name.startswith(("grad", "tracin-head")):
+        if (name in SAME and sizes[-1] == given.train) or name.startswith(("grad", "tracin-head")):
             row["median_cosine"], row["least_cosine"] = cosines(scores[:, : sizes[-1]], peer.scores())
     peer.close()
     return row

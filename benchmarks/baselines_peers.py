@@ -25,6 +25,8 @@ DAMPING, DEPTH = 1e-2, 100
 
 
 class CNN(nn.Module):
+    """The paper's small CNN, with its penultimate features as a module of their own."""
+
     def __init__(self):
         super().__init__()
         sizes = [1, 5, 10, 5]
@@ -101,7 +103,11 @@ def dattri_tracin(job, cosine=False, size=None, layers=None, batch=500):
 
     projector = {"proj_dim": size, "proj_max_batch_size": 32, "device": "cpu"}
     method = TracInAttributor(
-        task=job.task(), weight_list=torch.ones(1), normalized_grad=cosine, projector_kwargs=projector, layer_name=layers
+        task=job.task(),
+        weight_list=torch.ones(1),
+        normalized_grad=cosine,
+        projector_kwargs=projector,
+        layer_name=layers,
     )
     if size is None:
         method.projector_kwargs = None
@@ -220,9 +226,7 @@ def kronfluence(job, size=250):
 
     with tempfile.TemporaryDirectory() as folder:
         task = Classification()
-        analyzer = Analyzer(
-            "speed", prepare_model(job.net, task), task, cpu=True, output_dir=folder, disable_tqdm=True
-        )
+        analyzer = Analyzer("speed", prepare_model(job.net, task), task, cpu=True, output_dir=folder, disable_tqdm=True)
         factors = FactorArguments(strategy="ekfac", use_empirical_fisher=True)
         analyzer.fit_all_factors("f", job.train, per_device_batch_size=size, factor_args=factors)
         analyzer.compute_pairwise_scores(

@@ -1,4 +1,6 @@
-"""Write scores of TracIn, GradDot, GradCos, TRAK and representer points by torch packages on a small CNN with two checkpoints.
+"""Write scores of TracIn, GradDot, GradCos, TRAK and representer points by torch packages on a small CNN.
+
+The CNN has two checkpoints.
 
 Run with an environment that has torch, captum 0.9, dattri 0.3 and traker 0.3.2:
 
@@ -89,8 +91,8 @@ def representer_by_dattri(checkpoint, train, queries):
     loaders = [DataLoader(d, batch_size=N) for d in (train, queries)]
     points, outputs = (a.detach() for a in get_final_layer_io(model, "5", loaders[0], "cpu"))
     theta = model[5].weight.data.clone()
-    for _ in range(4):
-        theta = rps_finetune_theta(points, outputs, theta.clone(), nn.functional.cross_entropy, DECAY, 3000).detach()
+    for _ in range(3):
+        theta = rps_finetune_theta(points, outputs, theta.clone(), nn.functional.cross_entropy, DECAY, 1000).detach()
     attributor.full_train_dataloader, attributor.finetuned_theta = loaders[0], theta
     return attributor.attribute(*loaders).T.detach().numpy()
 
