@@ -71,7 +71,7 @@ PEERS = {
     "cg-head/dattri": (1000, 2000),
     "lissa-head/dattri": (1000, 2000),
     "arnoldi-16/dattri": (50, 100),
-    "arnoldi-16/captum": (50, 100),
+    "arnoldi-16/captum": (25, 50),
     "ekfac/kronfluence": (250, 500),
 }
 # The others draw random numbers, or stop the refit elsewhere.
