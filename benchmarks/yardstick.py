@@ -103,6 +103,7 @@ jobs |= {f"representer-cos {s:g}": lambda s=s: rps(s) for s in json.loads(sys.ar
 for d in json.loads(sys.argv[2]):
     jobs[f"influence_cg {d:g}"] = lambda d=d: influence(I.IFAttributorCG, regularization=d, max_iter=10)
     jobs[f"influence_arnoldi {d:g}"] = lambda d=d: influence(I.IFAttributorArnoldi, regularization=d, max_iter=50)
+    jobs[f"influence_explicit {d:g}"] = lambda d=d: influence(I.IFAttributorExplicit, regularization=d)
 jobs["influence_lissa"] = lambda: influence(I.IFAttributorLiSSA, recursion_depth=100, batch_size=100)
 for name in [n for n in sys.argv[4:] if n in jobs]:
     try:
@@ -184,9 +185,9 @@ def methods():
         chosen[f"influence_ekfac {d:g}"] = (baselines.influence_ekfac(damping=d, fisher="ggn"), "full", 1)
         arnoldi = baselines.influence_arnoldi(regularization=d, rank=50, krylov=50, tolerance=0.0)
         chosen[f"influence_arnoldi {d:g}"] = (arnoldi, "full", 1)
+        chosen[f"influence_explicit {d:g}"] = (baselines.influence_explicit(damping=d), "full", 1)
     lissa = baselines.influence_lissa(params="all", damping=0.0, scale=50.0, repeats=1, depth=100, batch=100)
     chosen["influence_lissa"] = (lissa, "full", 1)
-    chosen[f"influence_explicit {DAMPINGS[1]:g}"] = (baselines.influence_explicit(damping=DAMPINGS[1]), "full", 1)
     chosen |= {f"representer {r:g}": (baselines.representer(r), "full", 1) for r in REPRESENTER}
     chosen |= {f"dualda {c:g}": (baselines.dualda(c), "full", 1) for c in (1e-5, 1e-3)}
     return chosen

@@ -1,5 +1,6 @@
 """Gradients of one sample each, in bounded chunks of samples."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ from dualxda_jax.baselines.protocol import Logits, Loss
 from dualxda_jax.baselines.rows import Rows, dense
 from dualxda_jax.baselines.select import Selection
 from dualxda_jax.types import Array, Params
+
+_CPU_CHUNK = 64
 
 
 def per_sample(
@@ -77,7 +80,7 @@ def per_sample(
     return rows if factored else dense(rows)  # type: ignore[return-value]
 
 
-def map_chunks(fn: Callable[..., Any], arrays: tuple[Array, ...], chunk: int) -> Any:
+def map_chunks(fn: Callable[..., Any], arrays: tuple[Array, ...], chunk: int, *, unroll: int = 1) -> Any:
     """Apply a function to samples chunk by chunk and stack what it gives; one compiled shape.
 
     Sample i is in chunk i mod m: samples that are sharded over a mesh stay on their device, and each device computes
@@ -87,14 +90,30 @@ def map_chunks(fn: Callable[..., Any], arrays: tuple[Array, ...], chunk: int) ->
         fn: (array[c, ...], ...) -> pytree of [c, ...]; rows must not depend on each other.
         arrays: each [n, ...].
         chunk: c, samples at a time; the last chunk is filled up with zeros whose results are dropped.
+        unroll: chunks whose operations the compiler may run side by side.
 
     Returns:
         The pytree with [n, ...] in place of [c, ...].
     """
     n = arrays[0].shape[0]
     c = min(chunk, n)
-    _, stacked = jax.lax.scan(lambda _, parts: (None, fn(*parts)), None, tuple(_parts(a, c) for a in arrays))
+    parts = tuple(_parts(a, c) for a in arrays)
+    _, stacked = jax.lax.scan(lambda _, part: (None, fn(*part)), None, parts, unroll=unroll)
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(-1, *a.shape[2:])[:n], stacked)
+
+
+def map_forward(fn: Callable[..., Any], x: Array, chunk: int) -> Any:
+    """`map_chunks` for a pass through a network without derivatives: fn maps [c, ...] to a pytree of [c, ...].
+
+    On CPUs two chunks of at most 64 samples run side by side. XLA's convolutions with few channels use one core each
+    there, and the paper's CNN takes four fifths of the time of chunks of 256 on two cores.
+    """
+
+    def run(x: Array, chunk: int, unroll: int) -> Any:
+        return map_chunks(fn, (x,), chunk, unroll=unroll)
+
+    on_cpu = functools.partial(run, chunk=min(chunk, _CPU_CHUNK), unroll=2)
+    return jax.lax.platform_dependent(x, cpu=on_cpu, default=functools.partial(run, chunk=chunk, unroll=1))
 
 
 def fold_chunks(step: Callable[..., Any], init: Any, arrays: tuple[Array, ...], chunk: int) -> Any:

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from dualxda_jax import _check
-from dualxda_jax.baselines.gradients import check_finite, map_chunks
+from dualxda_jax.baselines.gradients import check_finite, map_forward
 from dualxda_jax.baselines.protocol import Context, Method, check_queries
 from dualxda_jax.baselines.rows import products
-from dualxda_jax.baselines.similarity import features
+from dualxda_jax.baselines.similarity import check_features, features
 from dualxda_jax.types import Array
 
 TARGETS = ("predictions", "labels")
@@ -87,9 +87,8 @@ def representer(
     return Method("representer", fit, functools.partial(_scores, intercept_scaling, chunk), _self_influence)
 
 
-def _points(intercept_scaling: float, chunk: int, context: Context, x: Array) -> Array:
+def _with_constant(intercept_scaling: float, points: Array) -> Array:
     """Features [b, d], with the constant one at the end if there is one."""
-    points = features(context, x, chunk)
     return jnp.pad(points, ((0, 0), (0, 1)), constant_values=intercept_scaling) if intercept_scaling else points
 
 
@@ -102,9 +101,9 @@ def _fit(
     key: Array,
     context: Context,
 ) -> Fitted:
-    points = _points(intercept_scaling, chunk, context, context.inputs)
+    points, wanted = _points_and_targets(targets, chunk, check_features(context))
+    points = _with_constant(intercept_scaling, points)
     check_finite("features", points)
-    wanted = _targets(targets, chunk, context)
     with jax.enable_x64(True):
         weights, coefficients, residual = _refit(points, wanted, regularization, tolerance)
     if not _check.is_traced(residual) and not float(residual) <= tolerance:
@@ -114,11 +113,18 @@ def _fit(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _targets(targets: str, chunk: int, context: Context) -> Array:
-    """[n, k] what the refit is to predict."""
+def _points_and_targets(targets: str, chunk: int, context: Context) -> tuple[Array, Array]:
+    """Features [n, d], and [n, k] what the refit is to predict."""
+
+    def both(x: Array) -> tuple[Array, Array]:
+        # In one program, so that the network's layers are computed once.
+        points = context.features(context.params, x)  # type: ignore[misc]
+        return points, jax.nn.softmax(context.logits(context.params, x), axis=-1)
+
     if targets == "labels":
-        return jax.nn.one_hot(context.labels, context.num_classes, dtype=jnp.float32)
-    return map_chunks(lambda x: jax.nn.softmax(context.logits(context.params, x), axis=-1), (context.inputs,), chunk)
+        wanted = jax.nn.one_hot(context.labels, context.num_classes, dtype=jnp.float32)
+        return features(context, context.inputs, chunk), wanted
+    return map_forward(both, context.inputs, chunk)
 
 
 @jax.jit
@@ -187,7 +193,7 @@ def _product(left: Array, right: Array) -> Array:
 
 def _scores(intercept_scaling: float, chunk: int, fitted: Fitted, x: Array, targets: Array) -> Array:
     targets = check_queries(fitted.context, x, targets)
-    query = _points(intercept_scaling, chunk, fitted.context, jnp.asarray(x))
+    query = _with_constant(intercept_scaling, features(fitted.context, jnp.asarray(x), chunk))
     return _weighted(fitted.coefficients, fitted.points, query, targets)
 
 

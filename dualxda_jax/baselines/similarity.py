@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dualxda_jax import _check
-from dualxda_jax.baselines.gradients import check_finite, map_chunks
+from dualxda_jax.baselines.gradients import check_finite, map_forward
 from dualxda_jax.baselines.protocol import Context, Method, check_queries
 from dualxda_jax.baselines.rows import products
 from dualxda_jax.types import Array
@@ -79,14 +79,19 @@ def features(context: Context, x: Array, chunk: int) -> Array:
     Raises:
         ValueError: the context has no feature function.
     """
+    return _features(check_features(context).features, context.params, x, chunk)
+
+
+def check_features(context: Context) -> Context:
+    """The context, if it has a feature function."""
     if context.features is None:
         _check.fail("context.features", None, "the function that gives the input of the final layer")
-    return _features(context.features, context.params, x, chunk)
+    return context
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _features(feature_fn: Any, params: Any, x: Array, chunk: int) -> Array:
-    return map_chunks(lambda part: feature_fn(params, part), (x,), chunk)
+    return map_forward(lambda part: feature_fn(params, part), x, chunk)
 
 
 def _points(config: Config, context: Context, x: Array) -> Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dualxda_jax import _check, attribution, svm
-from dualxda_jax.baselines.gradients import check_finite, map_chunks
+from dualxda_jax.baselines.gradients import check_finite, map_forward
 from dualxda_jax.baselines.protocol import Context, Method, check_queries
 from dualxda_jax.baselines.settings import count_checkpoints, take_checkpoint
 from dualxda_jax.types import Array, DualSolution, Params, SupportModel
@@ -171,7 +171,7 @@ def _best(config: Config, solve: Callable[..., DualSolution], logits: Array, poi
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _mapped(function: Any, params: Params, x: Array, chunk: int) -> Array:
-    return map_chunks(lambda part: function(params, part), (x,), chunk)
+    return map_forward(lambda part: function(params, part), x, chunk)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -66,12 +66,14 @@ CASES = [
     ("gradcos/dattri", baselines.gradcos(), 1),
     ("trak/traker", baselines.trak(regularization=0.5), 1),
     ("trak_one/traker", baselines.trak(regularization=0.5, checkpoints=1), 1),
+    ("representer/dattri", baselines.representer(0.02), 1 / 256),
 ]
 
 
 @pytest.mark.parametrize(("name", "method", "factor"), CASES, ids=[c[0] for c in CASES])
 def test_scores_of_the_packages(golden, name, method, factor):
-    """The packages sum over checkpoints where ours is the mean; traker's mean is the mean."""
+    """The packages sum over checkpoints where ours is the mean, traker's mean is the mean; dattri's coefficients of
+    representer points are divided by n twice, once in the mean loss."""
     data, context, x, targets = golden
     fitted = method.fit(jax.random.key(0), context)
     ours, theirs = np.asarray(method.scores(fitted, x, targets)), data[f"scores/{name}"]

@@ -22,7 +22,7 @@ DENSE = {
     "representer": {"regularization": 0.1},
     "similarity": {},
     "influence_explicit": {"damping": 0.1},
-    "influence_cg": {"damping": 0.1, "max_iterations": 4, "chunk": 16, "vectors": 8},
+    "influence_cg": {"damping": 0.1, "max_iterations": 4, "chunk": 16, "vectors": 2},
     "influence_lissa": {"damping": 0.1, "scale": 50.0, "depth": 4, "repeats": 1, "hessian": "ggn"},
     "influence_arnoldi": {"rank": 3, "krylov": 5, "tolerance": 1e-3},
     "influence_ekfac": {"damping": 0.1, "chunk": 16},

@@ -1,4 +1,6 @@
-"""Write scores of TracIn, GradDot, GradCos and TRAK by torch packages on a small CNN with two checkpoints.
+"""Write scores of TracIn, GradDot, GradCos, TRAK and representer points by torch packages on a small CNN.
+
+The CNN has two checkpoints.
 
 Run with an environment that has torch, captum 0.9, dattri 0.3 and traker 0.3.2:
 
@@ -14,7 +16,10 @@ import tempfile
 import numpy as np
 import torch
 from captum.influence import TracInCP
+from dattri.algorithm.rps import RPSAttributor
 from dattri.algorithm.tracin import TracInAttributor
+from dattri.algorithm.utils import rps_finetune_theta
+from dattri.model_util.hook import get_final_layer_io
 from dattri.task import AttributionTask
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -25,6 +30,7 @@ from trak.score_computers import BasicScoreComputer
 N, Q, K = 256, 6, 3
 RATES = [0.2, 0.05]
 REGULARIZATION = 0.5
+DECAY = 0.02
 
 
 def network():
@@ -77,6 +83,20 @@ def by_captum(checkpoints, train, queries):
     return scores, tracin.self_influence(DataLoader(train, batch_size=64)).detach().numpy()
 
 
+def representer_by_dattri(checkpoint, train, queries):
+    """Its refit stops early and steps by float32 values of the loss: it is started anew until it stays where it is."""
+    model = network()
+    task = AttributionTask(model=model, loss_func=nn.functional.cross_entropy, checkpoints=[checkpoint])
+    attributor = RPSAttributor(task, "5", normalize_preactivate=False, l2_strength=DECAY)
+    loaders = [DataLoader(d, batch_size=N) for d in (train, queries)]
+    points, outputs = (a.detach() for a in get_final_layer_io(model, "5", loaders[0], "cpu"))
+    theta = model[5].weight.data.clone()
+    for _ in range(3):
+        theta = rps_finetune_theta(points, outputs, theta.clone(), nn.functional.cross_entropy, DECAY, 1000).detach()
+    attributor.full_train_dataloader, attributor.finetuned_theta = loaders[0], theta
+    return attributor.attribute(*loaders).T.detach().numpy()
+
+
 class Unscaled(BasicScoreComputer):
     """Without the division of each checkpoint's inverse kernel by its mean absolute entry; inverted in float64."""
 
@@ -123,6 +143,7 @@ if __name__ == "__main__":
         "tracin/dattri": by_dattri(checkpoints, RATES, False, train, queries),
         "graddot/dattri": by_dattri(checkpoints[-1:], [1.0], False, train, queries),
         "gradcos/dattri": by_dattri(checkpoints[-1:], [1.0], True, train, queries),
+        "representer/dattri": representer_by_dattri(checkpoints[-1], train, queries),
         "trak/traker": by_traker(checkpoints, train, queries),
         "trak_one/traker": by_traker(checkpoints[-1:], train, queries),
     }

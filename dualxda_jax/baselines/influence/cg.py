@@ -49,7 +49,8 @@ def influence_cg(
         tolerance: a solve ends at ‖(H + λ) s − g‖ ≤ tolerance · ‖g‖.
         max_iterations: products with H for a solve, at most.
         chunk: samples at a time in a product with H.
-        vectors: queries that are solved for at a time; each takes memory for four vectors of parameters.
+        vectors: queries that are solved for at a time; each takes memory for four vectors of parameters. For
+            `self_influence` over a mesh, rounded up to a multiple of the devices.
 
     Returns:
         Method "influence_cg"; outside of a trace it warns (`NotConvergedWarning`) of solves that missed the tolerance.

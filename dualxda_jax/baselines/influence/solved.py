@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dualxda_jax import _check
 from dualxda_jax.baselines.gradients import map_chunks
 from dualxda_jax.baselines.influence import checks, hvp
 from dualxda_jax.baselines.protocol import Context, Method, check_queries
@@ -58,12 +59,23 @@ def method(name: str, config: hvp.Config, numbers: Numbers, solver: Solver, repo
         return checks.finite_scores(result)
 
     def self_influence(fitted: Fitted) -> Array:
-        result, ended = _self_influence(config, solver, dict(numbers), fitted)
+        result, ended = _self_influence(_for_devices(config, fitted.context), solver, dict(numbers), fitted)
         checks.finite_training(fitted.context, config, result)
         report(ended)
         return checks.finite_samples(result)
 
     return Method(name, fit, scores, self_influence)
+
+
+def _for_devices(config: hvp.Config, context: Context) -> hvp.Config:
+    """With as many vectors at a time as there are devices that hold samples, or a multiple of that.
+
+    Fewer leave a result that is spread over a part of a mesh's axis, for which jax 0.8 has no name.
+    """
+    if _check.is_traced(context.inputs):
+        return config
+    devices = len(context.inputs.sharding.device_set)
+    return dataclasses.replace(config, vectors=-(-config.vectors // devices) * devices)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
