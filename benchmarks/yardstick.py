@@ -186,8 +186,9 @@ def methods():
         arnoldi = baselines.influence_arnoldi(regularization=d, rank=50, krylov=50, tolerance=0.0)
         chosen[f"influence_arnoldi {d:g}"] = (arnoldi, "full", 1)
         chosen[f"influence_explicit {d:g}"] = (baselines.influence_explicit(damping=d), "full", 1)
-    lissa = baselines.influence_lissa(params="all", damping=0.0, scale=50.0, repeats=1, depth=100, batch=100)
-    chosen["influence_lissa"] = (lissa, "full", 1)
+    for depth, name in ((100, "influence_lissa"), (1000, "influence_lissa 1000")):
+        lissa = baselines.influence_lissa(params="all", damping=0.0, scale=50.0, repeats=1, depth=depth, batch=100)
+        chosen[name] = (lissa, "full", 1)
     chosen |= {f"representer {r:g}": (baselines.representer(r), "full", 1) for r in REPRESENTER}
     chosen |= {f"dualda {c:g}": (baselines.dualda(c), "full", 1) for c in (1e-5, 1e-3)}
     return chosen

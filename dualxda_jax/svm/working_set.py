@@ -68,8 +68,9 @@ class SolverState:
         first_penalty: scalar, the one that the solve began with.
         primal: scalar, primal objective at W.
         slack: scalar, the duality gap of (W, α) less ½‖W − W(α)‖².
-        lead: [n] by how much the only class of q_i leads all others in z_i; where q_i has several, minus what the
-            last of them is behind the first, and always below 0.
+        lead: [n] by how much the only class of q_i leads all others in z_i, or a lower bound of that where nobody has
+            looked since W moved; where q_i has several, minus what the last of them is behind the first, and always
+            below 0.
         norms: [n] ‖(φ_i, b)‖.
         visits: scalar, samples looked at so far.
         samples: scalar, how many there are.
