@@ -86,12 +86,13 @@ def on_grid(problem: Problem, state: SolverState, grid: Any, places: Array | Non
     q = state.simplex if places is None else state.simplex[:, jnp.minimum(places, n - 1)]
     swept = coordinate.sweep(problem, state.weights, q, jnp.zeros((), state.weights.dtype), grid=grid)
     simplex = swept.simplex if places is None else state.simplex.at[:, places].set(swept.simplex, mode="drop")
-    visits = state.visits + q.shape[1]
-    lead = screening.aged(state, swept.weights).astype(state.lead.dtype)
-    lead = jnp.where(jnp.any(simplex != state.simplex, axis=0), -jnp.inf, lead)
-    return dataclasses.replace(
-        state, weights=swept.weights, made=swept.weights, simplex=simplex, lead=lead, visits=visits
+    moved = dataclasses.replace(
+        state, weights=swept.weights, made=swept.weights, simplex=simplex, visits=state.visits + q.shape[1]
     )
+    if places is not None:  # a part of all samples; whoever puts the parts together surveys them anew
+        return moved
+    lead = screening.aged(state, swept.weights).astype(state.lead.dtype)
+    return dataclasses.replace(moved, lead=jnp.where(jnp.any(simplex != state.simplex, axis=0), -jnp.inf, lead))
 
 
 def poor(before: SolverState, after: SolverState) -> Array:

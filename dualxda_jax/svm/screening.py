@@ -14,8 +14,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from dualxda_jax.svm import problem as problems
 from dualxda_jax.svm import surveys
-from dualxda_jax.svm.problem import Array, Chunk, Problem, alpha_of, columns, one_hot_of, outer, over_rows, places
+from dualxda_jax.svm.problem import Array, Chunk, Problem, alpha_of, one_hot_of, outer, places
 from dualxda_jax.svm.working_set import SolverState
 
 # Above this part of all samples, one pass over all of them in their order is the cheaper one.
@@ -106,20 +107,18 @@ def weights_of(problem: Problem, simplex: Array) -> Array:
     mine = jnp.take_along_axis(simplex, problem.labels[None, :], axis=0)[0]
     chosen = (mine != 1.0) & (problem.cost != 0.0)
 
-    def add(chunk: Chunk, q: Array, total: Array) -> Array:
-        alpha = alpha_of(q.astype(chunk.cost.dtype), chunk.one_hot, chunk.cost)
+    def add(chunk: Chunk, index: Array, there: Array, total: Array) -> Array:
+        alpha = alpha_of(simplex[:, index].astype(chunk.cost.dtype), chunk.one_hot, chunk.cost)
         return total + outer(alpha, chunk, problem.intercept_scaling).astype(total.dtype)
 
     def everyone() -> Array:
-        body = lambda chunk, start, total: add(chunk, columns(simplex, start, chunk), total)  # noqa: E731
-        return over_rows(problem, simplex.shape[0], body, jnp.zeros_like(problem.offset))
+        return problems.weights_of(problem, simplex)
 
     def some() -> Array:
-        body = lambda chunk, index, there, total: add(chunk, simplex[:, index], total)  # noqa: E731
-        return _over_some(problem, simplex.shape[0], chosen, body, jnp.zeros_like(problem.offset))
+        return problem.offset + _over_some(problem, simplex.shape[0], chosen, add, jnp.zeros_like(problem.offset))
 
     many = jnp.sum(chosen, dtype=jnp.int32) > round(MOST * chosen.shape[0])
-    return problem.offset + lax.cond(many, everyone, some)
+    return lax.cond(many, everyone, some)
 
 
 def _over_some(problem: Problem, k: int, chosen: Array, body: Any, carry: Any) -> Any:
