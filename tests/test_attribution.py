@@ -312,8 +312,8 @@ class TestTopK:
 
 def small_blocks(monkeypatch, rows):
     """Stream in blocks of `rows`."""
-    monkeypatch.setattr(attribution, "_BLOCK_ROWS", rows)
-    monkeypatch.setattr(attribution, "_MIN_BLOCK_ROWS", rows)
+    monkeypatch.setattr(attribution.ranking, "_BLOCK_ROWS", rows)
+    monkeypatch.setattr(attribution.ranking, "_MIN_BLOCK_ROWS", rows)
 
 
 def intermediate_sizes(jaxpr):

@@ -97,7 +97,7 @@ def test_an_interrupted_overwrite_keeps_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "x"
     checkpoint.save(path, {"a": jnp.ones(3)})
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(checkpoint.folder.os, "replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             checkpoint.save(path, {"a": jnp.zeros(3)}, overwrite=True)
         with pytest.raises(KeyboardInterrupt):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from dualxda_jax import __version__, cli
+from dualxda_jax import __version__, cli, pipeline
 
 
 @pytest.mark.parametrize(
@@ -41,8 +41,8 @@ def fitted(tmp_path_factory):
 
 
 def test_fit_attribute_and_explain_are_steps_on_the_same_stages(fitted, capsys, monkeypatch):
-    monkeypatch.setattr(cli.pipeline.stages, "train", lambda *a, **k: pytest.fail("trained again"))
-    monkeypatch.setattr(cli.pipeline.stages, "fit", lambda *a, **k: pytest.fail("fitted again"))
+    monkeypatch.setattr(pipeline.stages, "train", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(pipeline.stages, "fit", lambda *a, **k: pytest.fail("fitted again"))
     surrogate = json.loads((fitted / "surrogate.json").read_text())
     assert surrogate["converged"] and surrogate["gap"] <= 1e-4 and surrogate["agreement"] > 0.6
     same = ["--limit", "150", "--out", str(fitted)]
@@ -90,7 +90,7 @@ def test_an_output_that_is_a_file_is_refused(capsys, tmp_path):
 
 def test_an_output_that_cannot_be_made_is_refused_before_any_work(capsys, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(cli.pipeline.stages, "read", lambda config: pytest.fail("read the images"))
+    monkeypatch.setattr(pipeline.stages, "read", lambda config: pytest.fail("read the images"))
     assert cli.main(["demo", "--out", str(tmp_path / "file" / "report")]) == 1
     complaint = capsys.readouterr().err
     assert complaint.count("\n") == 1 and "Not a directory" in complaint

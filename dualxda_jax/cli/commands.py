@@ -1,27 +1,14 @@
-"""The command `dualxda`: arguments in, one line out when something is wrong."""
+"""What each subcommand of `dualxda` does; its signature and docstring are its arguments and its help."""
 
-import contextlib
-import functools
-import io
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from dualxda_jax import pipeline
 from dualxda_jax._version import __version__
+from dualxda_jax.cli.bars import overall_bar, stage_bars
 
 
 def demo(
@@ -48,7 +35,7 @@ def demo(
     config = pipeline.DemoConfig(data=data, out=out, cost=cost, limit=limit, seed=seed, network=network)
     console = Console(stderr=True)
     start = time.perf_counter()
-    with _stage_bars(console) as track:
+    with stage_bars(console) as track:
         page = pipeline.run(config, track=track)
     console.print(f"[bold]Report[/bold] after {time.perf_counter() - start:.0f} s. Open this file in a browser:")
     print(page.resolve())
@@ -96,7 +83,7 @@ def evaluate(
     )  # fmt: skip
     console = Console(stderr=True)
     start = time.perf_counter()
-    with _overall_bar(console) as (track, overall):
+    with overall_bar(console) as (track, overall):
         page = pipeline.evaluate(config, track=track, overall=overall)
     console.print(f"[bold]Results[/bold] after {time.perf_counter() - start:.0f} s. Open this file in a browser:")
     print(page.resolve())
@@ -121,7 +108,7 @@ def fit(
         network: as for demo.
     """
     config = pipeline.DemoConfig(data=data, out=out, cost=cost, limit=limit, seed=seed, network=network)
-    with _stage_bars(Console(stderr=True)) as track:
+    with stage_bars(Console(stderr=True)) as track:
         path = pipeline.fit(config, track=track)
     print(path.resolve())
 
@@ -151,7 +138,7 @@ def attribute(
     config = pipeline.DemoConfig(
         data=data, out=out, cost=cost, limit=limit, seed=seed, network=network, each_way=each_way
     )
-    with _stage_bars(Console(stderr=True)) as track:
+    with stage_bars(Console(stderr=True)) as track:
         path = pipeline.attribute(config, images, track=track)
     print(path.resolve())
 
@@ -181,7 +168,7 @@ def explain(
     config = pipeline.DemoConfig(
         data=data, out=out, cost=cost, limit=limit, seed=seed, network=network, each_way=each_way
     )
-    with _stage_bars(Console(stderr=True)) as track:
+    with stage_bars(Console(stderr=True)) as track:
         paths = pipeline.explain(config, images, track=track)
     for path in paths:
         print(path.resolve())
@@ -207,7 +194,7 @@ def bench(
         repeats: of each timing, after a first call that compiles; the median counts.
         seed: of the features.
     """
-    with _stage_bars(Console(stderr=True)) as track:
+    with stage_bars(Console(stderr=True)) as track:
         found = pipeline.bench(
             samples=samples, dim=dim, classes=classes, cost=cost, queries=queries, repeats=repeats, seed=seed,
             track=track,
@@ -223,142 +210,3 @@ def bench(
 def version() -> None:
     """Print the version."""
     print(__version__)
-
-
-COMMANDS: dict[str, Callable[..., None]] = {
-    "demo": demo, "fit": fit, "attribute": attribute, "explain": explain, "evaluate": evaluate, "bench": bench,
-    "version": version,
-}  # fmt: skip
-
-
-@contextlib.contextmanager
-def _stage_bars(console: Console) -> Iterator[pipeline.Track]:
-    """One progress bar a stage on a terminal; one line a stage, once it is done, where output goes to a file."""
-    if not console.is_terminal:
-        yield functools.partial(_stage_line, console)
-        return
-    columns = (
-        SpinnerColumn(finished_text="[green]✓"),
-        TextColumn("{task.description:<26}"),
-        BarColumn(bar_width=16),
-        TimeElapsedColumn(),
-        TextColumn("[dim]{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console) as bars:
-
-        @contextlib.contextmanager
-        def track(name: str) -> Iterator[pipeline.Watch]:
-            task = bars.add_task(name, total=None, note="")
-            yield pipeline.Watch(
-                lambda done, total: bars.update(task, completed=done, total=total),
-                lambda note: bars.update(task, note=note),
-            )
-            total = bars.tasks[task].total or 1
-            bars.update(task, completed=total, total=total)
-
-        yield track
-
-
-@contextlib.contextmanager
-def _overall_bar(console: Console) -> Iterator[tuple[pipeline.Track, Callable[[int, int], None]]]:
-    """One bar for all stages, with the time left, and one for the stage at work; lines where output goes to a file."""
-    if not console.is_terminal:
-        done = [0, 0]
-        start = time.perf_counter()
-
-        @contextlib.contextmanager
-        def line(name: str) -> Iterator[pipeline.Watch]:
-            with _stage_line(console, name) as watch:
-                yield watch
-
-        def count(now: int, total: int) -> None:
-            if now * 10 // total != done[0] * 10 // total:
-                minutes = (time.perf_counter() - start) / 60
-                left = f"about {minutes * (total - now) / now:.0f} min left"
-                console.print(f"{now} of {total} stages after {minutes:.0f} min, {left}", highlight=False)
-            done[:] = [now, total]
-
-        yield line, count
-        return
-    columns = (
-        SpinnerColumn(finished_text="[green]✓"), TextColumn("{task.description:<44}"), BarColumn(bar_width=16),
-        MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("[dim]left"), TimeRemainingColumn(),
-    )  # fmt: skip
-    # The speed over all stages so far, not over the last few: short ones and long ones take turns.
-    with Progress(*columns, console=console, speed_estimate_period=24 * 3600) as bars:
-        whole = bars.add_task("all stages", total=None)
-        current = bars.add_task("", total=None)
-
-        @contextlib.contextmanager
-        def track(name: str) -> Iterator[pipeline.Watch]:
-            bars.reset(current, description=name, total=None)
-            yield pipeline.Watch(
-                lambda done, total: bars.update(current, completed=done, total=total), lambda note: None
-            )
-
-        yield track, lambda done, total: bars.update(whole, completed=done, total=total)
-
-
-@contextlib.contextmanager
-def _stage_line(console: Console, name: str) -> Iterator[pipeline.Watch]:
-    start = time.perf_counter()
-    notes: list[str] = []
-    yield pipeline.Watch(lambda done, total: None, notes.append)
-    console.print(f"{name}: {time.perf_counter() - start:.1f} s {', '.join(notes)}", highlight=False)
-
-
-def _parse(arguments: Sequence[str]) -> Callable[[], None]:
-    """Turn arguments into a call; a mistake in them becomes one line."""
-    import tyro
-
-    def bind(function: Callable[..., None]) -> Callable[..., Callable[[], None]]:
-        @functools.wraps(function)
-        def bound(*args: object, **kwargs: object) -> Callable[[], None]:
-            return functools.partial(function, *args, **kwargs)
-
-        return bound
-
-    complaints = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaints):
-            return tyro.extras.subcommand_cli_from_dict(
-                {name: bind(command) for name, command in COMMANDS.items()},
-                prog="dualxda",
-                description="DualXDA: which training samples made a prediction so, and through which features.",
-                args=arguments,
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        # tyro draws a box or rules around a title, then says what is wrong.
-        lines = [line.strip(" │╭╮╰╯─-") for line in complaints.getvalue().splitlines()]
-        said = [line for line in lines if line][1:]
-        # What is missing stands in the lines below "Missing from COMMAND:".
-        said[:1] = [" ".join(said[:2])] if said and said[0].endswith(":") else said[:1]
-        raise ValueError((said[0] if said else "wrong arguments") + " (dualxda --help)") from None
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Args:
-        arguments: those after the program's name; None takes them from the command line.
-
-    Returns:
-        The exit code: 0, 1 for an error (one line on stderr), 130 when interrupted.
-    """
-    try:
-        _parse(sys.argv[1:] if arguments is None else arguments)()
-    except KeyboardInterrupt:
-        print("dualxda: interrupted; finished stages are kept and the next run goes on from there", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        print(f"dualxda: {_one_line(error)}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, ImportError) and error.name == "tyro":
-        return 'tyro is not installed: pip install "dualxda-jax[all]" brings what the command needs'
-    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,70 @@
+"""The command `dualxda`: arguments in, one line out when something is wrong."""
+
+import contextlib
+import functools
+import io
+import sys
+from collections.abc import Callable, Sequence
+
+from dualxda_jax.cli import commands
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    name: getattr(commands, name) for name in ("demo", "fit", "attribute", "explain", "evaluate", "bench", "version")
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: those after the program's name; None takes them from the command line.
+
+    Returns:
+        The exit code: 0, 1 for an error (one line on stderr), 130 when interrupted.
+    """
+    try:
+        _parse(sys.argv[1:] if arguments is None else arguments)()
+    except KeyboardInterrupt:
+        print("dualxda: interrupted; finished stages are kept and the next run goes on from there", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        print(f"dualxda: {_one_line(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parse(arguments: Sequence[str]) -> Callable[[], None]:
+    """Turn arguments into a call; a mistake in them becomes one line."""
+    import tyro
+
+    def bind(function: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+        @functools.wraps(function)
+        def bound(*args: object, **kwargs: object) -> Callable[[], None]:
+            return functools.partial(function, *args, **kwargs)
+
+        return bound
+
+    complaints = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaints):
+            return tyro.extras.subcommand_cli_from_dict(
+                {name: bind(command) for name, command in COMMANDS.items()},
+                prog="dualxda",
+                description="DualXDA: which training samples made a prediction so, and through which features.",
+                args=arguments,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        # tyro draws a box or rules around a title, then says what is wrong.
+        lines = [line.strip(" │╭╮╰╯─-") for line in complaints.getvalue().splitlines()]
+        said = [line for line in lines if line][1:]
+        # What is missing stands in the lines below "Missing from COMMAND:".
+        said[:1] = [" ".join(said[:2])] if said and said[0].endswith(":") else said[:1]
+        raise ValueError((said[0] if said else "wrong arguments") + " (dualxda --help)") from None
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, ImportError) and error.name == "tyro":
+        return 'tyro is not installed: pip install "dualxda-jax[all]" brings what the command needs'
+    return " ".join(str(error).split()) or type(error).__name__
