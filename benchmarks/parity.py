@@ -1,12 +1,13 @@
 """How far our maps are from zennit's: every composite, biases kept and zeroed, in float64 and in float32.
 
-    python benchmarks/parity.py [--networks cnn mixed unmerged resnet] [--peers PYTHON] [--out FILE]
+    python benchmarks/parity.py [--networks cnn mixed unmerged resnet] [--peers PYTHON | --full FOLDER] [--out FILE]
 
 The maps of zennit are those of tests/golden (made in float64), the networks those of tests/xda/test_golden.py. In
 `unmerged` ours differ where biases are kept, since a shift then takes its share of the relevance, and under
 excitation backpropagation, which in zennit takes the plain gradient of a BatchNorm for a share of relevance. With
 --peers, the interpreter of an environment with torch, torchvision and zennit, there is also a ResNet-18 of full width
-(64 to 512 channels) on 32×32 pixels. An error is max |ours - zennit's| / max |zennit's|.
+(64 to 512 channels) on 32×32 pixels; since no weights are looked for there that keep all activations away from zero,
+zennit's own maps in float32 are compared as well. An error is max |ours - zennit's| / max |zennit's|, of float64.
 """
 
 import argparse
@@ -42,10 +43,17 @@ def errors(tests, network, folder, dtype):
     return found
 
 
+def of_zennit(arrays):
+    """The errors of zennit's own float32 maps, where they are on file."""
+    own = {tuple(k.split("/")[2:]): float(v) for k, v in arrays.items() if k.startswith("float32/")}
+    return {f"{name}, bias {bias}": error for (name, bias), error in own.items()}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="*", default=["cnn", "mixed", "unmerged", "resnet"])
     parser.add_argument("--peers", help="Python with torch, torchvision and zennit")
+    parser.add_argument("--full", type=pathlib.Path, help="folder where zennit's maps of full width are already")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("parity.json"))
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
@@ -55,12 +63,16 @@ def main():
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
         cases = [(network, TESTS / "golden") for network in options.networks]
-        if options.peers:
+        if options.full:
+            cases.append(("resnet_full", options.full))
+        elif options.peers:
             script = TESTS / "golden" / "make_zennit.py"
             subprocess.run([options.peers, script, "resnet_full", "--to", folder], check=True)
             cases.append(("resnet_full", pathlib.Path(folder)))
         for network, where in cases:
             rows[network] = {str(jnp.dtype(d)): errors(tests, network, where, d) for d in (jnp.float64, jnp.float32)}
+            own = of_zennit(tests.load(network, jnp.float32)[0])
+            rows[network] |= {"float32 of zennit": own} if own else {}
             options.out.write_text(json.dumps({"jax": jax.__version__, "errors": rows}, indent=1))
     for network, by_dtype in rows.items():
         worst = {dtype: max(found, key=found.get) for dtype, found in by_dtype.items()}

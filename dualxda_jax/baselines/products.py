@@ -45,7 +45,7 @@ def graddot(
     projection_kind: str = "sjlt",
     dtype: Any = None,
     chunk: int | None = None,
-    memory: int = 1 << 30,
+    memory: int = 1 << 31,
 ) -> Method:
     """Score ⟨∇ℓ(z_i), ∇ℓ(x, target)⟩ at the last checkpoint: what a step on i would lower the loss at the target by.
 
@@ -80,7 +80,7 @@ def gradcos(
     projection_kind: str = "sjlt",
     dtype: Any = None,
     chunk: int | None = None,
-    memory: int = 1 << 30,
+    memory: int = 1 << 31,
 ) -> Method:
     """Cosine of the two gradients that `graddot` multiplies; 0 where one of them is 0.
 
@@ -110,7 +110,7 @@ def tracin(
     checkpoints: int | None = None,
     dtype: Any = None,
     chunk: int | None = None,
-    memory: int = 1 << 30,
+    memory: int = 1 << 31,
 ) -> Method:
     """Score (1/t) Σ_k lr_k ⟨P g_i, P g⟩ over t checkpoints; g_i and g are the loss gradients of i and (x, target).
 

@@ -41,7 +41,7 @@ class Config:
     weighted: bool = False
     dtype: str | None = None
     chunk: int | None = None
-    memory: int = 1 << 30
+    memory: int = 1 << 31
 
     def __post_init__(self) -> None:
         if self.chunk is not None and not (isinstance(self.chunk, int | np.integer) and self.chunk >= 1):

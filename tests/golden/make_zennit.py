@@ -71,12 +71,12 @@ def rounded(model, scale_bias):
     return model
 
 
-def well_posed(model, x, seed, canonizers=None):
-    """Whether zennit's own float32 maps hold four digits: an activation near zero leaves none."""
+def rounding(model, x, seed, canonizers=None):
+    """Error of zennit's own float32 maps, as a share of the largest relevance: an activation near zero leaves none."""
     exact = maps(model, x, seed, canonizers)
     rough = maps(model.float(), x.float(), seed.float(), canonizers)
     model.double()
-    return all(np.abs(rough[k] - exact[k]).max() <= 6e-5 * np.abs(exact[k]).max() for k in exact)
+    return {k: np.abs(rough[k] - exact[k]).max() / np.abs(exact[k]).max() for k in exact}
 
 
 def cnn(attempt):
@@ -188,11 +188,15 @@ def resnet_full(attempt):
 def write(network, folder):
     for attempt in range(100):
         model, x, seed, canonizers = NETWORKS[network](attempt)
-        if well_posed(model, x, seed, canonizers):
+        own = rounding(model, x, seed, canonizers)
+        # Where there are many activations, some are always near zero: what is compared says how far float32 gets.
+        if network not in KEPT or max(own.values()) <= 6e-5:
             break
     print(network, "from seed", attempt)
     arrays = {f"weights/{k}": v.numpy().astype(np.float32) for k, v in model.state_dict().items() if v.ndim}
     arrays |= {"x": x.numpy(), "seed": seed.numpy(), "features": model(x).detach().numpy()}
+    if network not in KEPT:
+        arrays |= {f"float32/{k}": v for k, v in own.items()}
     np.savez_compressed(folder / f"zennit_{network}.npz", **arrays, **maps(model, x, seed, canonizers))
 
 

@@ -292,8 +292,16 @@ def _self_influence(config: Compiled, damping: Array | None, fitted: Fitted) -> 
     def some_samples(x: Array, labels: Array) -> Array:
         total = jnp.zeros(len(x), hvp.dtype(context))
         for layer, (a, delta) in zip(found.layers, _gradients(context, found, x, labels), strict=True):
-            gradient = curvature.rotate(bases[layer.name], a, delta)
-            total += jnp.einsum("bio,bio,io->b", gradient, gradient, inverses[layer.name], precision=_HIGHEST)
+            total += _squared_norms(bases[layer.name], a, delta, inverses[layer.name])
         return total
 
     return map_chunks(some_samples, (context.inputs, context.labels), config.chunk)
+
+
+def _squared_norms(basis: dict[str, Array], a: Array, delta: Array, inverse: Array) -> Array:
+    """[b] Σ (gradient in the eigenbasis)² · inverse of gradients a, δ."""
+    if a.shape[1] > 1:
+        gradient = curvature.rotate(basis, a, delta)
+        return jnp.einsum("bio,bio,io->b", gradient, gradient, inverse, precision=_HIGHEST)
+    a, delta = _turned(basis, a, delta)
+    return jnp.sum(jnp.matmul(a * a, inverse, precision=_HIGHEST) * (delta * delta), axis=1)
