@@ -117,7 +117,8 @@ def lds(scores: Any, subsets: Any, outputs: Any) -> Array:
         outputs: [m, q] of the networks retrained on them.
 
     Returns:
-        [q]; nan where the sums or the outputs are the same for all subsets.
+        [q]; nan where the sums or the outputs are the same for all subsets, or where infinite scores leave no sum.
+        Sums are those of float32 at least, whatever the scores' type.
 
     Raises:
         ValueError: shapes that do not fit, `subsets` not bool, a subset without members, fewer than 2 subsets, NaN.
@@ -193,6 +194,8 @@ def _average_precision(scores: Array, marked: Array) -> Array:
 
 @jax.jit
 def _lds(scores: Array, subsets: Array, outputs: Array) -> Array:
+    # Sums in a narrow type would tie, or overflow.
+    scores = scores.astype(jnp.float32) if jnp.finfo(scores.dtype).bits < 32 else scores
     sums = jnp.einsum("qn,mn->qm", scores, subsets.astype(scores.dtype), precision=lax.Precision.HIGHEST)
     return lax.map(lambda pair: _spearman(*pair), (sums, outputs.T), batch_size=_ROWS_AT_ONCE)
 

@@ -91,6 +91,15 @@ def test_lds_against_scipy_with_ties(rng):
     np.testing.assert_allclose(lds(scores, subsets, outputs), expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_lds_of_narrow_scores_sums_in_float32(rng, dtype):
+    # Sums of bfloat16 would have three digits, and those of float16 would be infinite.
+    scores = jnp.asarray(400 + 40 * rng.normal(size=(3, 2000)), dtype)
+    subsets, outputs = rng.random((30, 2000)) < 0.5, rng.normal(size=(30, 3)).astype(np.float32)
+    wide = lds(np.asarray(scores, np.float32), subsets, outputs)
+    np.testing.assert_allclose(lds(scores, subsets, outputs), wide, atol=1e-6)
+
+
 def test_lds_of_constant_scores_is_nan(rng):
     subsets = np.array([[1, 0], [0, 1]], bool)
     got = lds(np.array([[0.0, 0.0], [1.0, 2.0]]), subsets, np.array([[1.0, 2.0], [2.0, 1.0]]))
