@@ -4,7 +4,13 @@ from dualxda_jax.evaluation import retrain
 from dualxda_jax.evaluation.bootstrap import Interval, bootstrap
 from dualxda_jax.evaluation.detection import class_detection, subclass_detection
 from dualxda_jax.evaluation.faithfulness import Faithfulness, surrogate_faithfulness
-from dualxda_jax.evaluation.ranking import MislabelCurve, lds, mislabeling_detection, shortcut_detection
+from dualxda_jax.evaluation.ranking import (
+    MislabelCurve,
+    lds,
+    mislabeling_detection,
+    place_values,
+    shortcut_detection,
+)
 from dualxda_jax.evaluation.relevance import FlippingCurve, mark_relevance_share, pixel_flipping
 from dualxda_jax.evaluation.selection import SelectionCurve, coreset_selection, data_pruning
 
@@ -22,6 +28,7 @@ __all__ = [
     "mark_relevance_share",
     "mislabeling_detection",
     "pixel_flipping",
+    "place_values",
     "retrain",
     "shortcut_detection",
     "subclass_detection",

@@ -79,7 +79,7 @@ def _mislabelling(cell: dict[str, Any], self_influence: np.ndarray, corrupted: A
     bad = np.count_nonzero(~np.isfinite(self_influence))
     if bad:
         fail("self_influence", f"{bad} NaN or Inf", "finite")
-    cell["values"]["mislabel"] = benchmark.place_values(self_influence, corrupted)
+    cell["values"]["mislabel"] = evaluation.place_values(self_influence, corrupted)
     curve = np.asarray(evaluation.mislabeling_detection(self_influence, corrupted).curve)
     cell["curve"] = np.interp(np.linspace(0, 1, CURVE), np.arange(len(curve) + 1) / len(curve), [0.0, *curve])
 
