@@ -3,7 +3,12 @@
 from dualxda_jax.evaluation import retrain
 from dualxda_jax.evaluation.bootstrap import Interval, bootstrap
 from dualxda_jax.evaluation.detection import class_detection, subclass_detection
-from dualxda_jax.evaluation.faithfulness import Faithfulness, surrogate_faithfulness
+from dualxda_jax.evaluation.faithfulness import (
+    Faithfulness,
+    faithfulness_intervals,
+    faithfulness_per_query,
+    surrogate_faithfulness,
+)
 from dualxda_jax.evaluation.ranking import (
     MislabelCurve,
     lds,
@@ -24,6 +29,8 @@ __all__ = [
     "class_detection",
     "coreset_selection",
     "data_pruning",
+    "faithfulness_intervals",
+    "faithfulness_per_query",
     "lds",
     "mark_relevance_share",
     "mislabeling_detection",
