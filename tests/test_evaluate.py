@@ -123,6 +123,7 @@ def test_an_interrupted_run_is_not_a_finished_one_and_goes_on(config, first, mon
     with pytest.raises(KeyboardInterrupt):
         pipeline.evaluate(more)
     assert not (config.out / "results.json").exists() and not (config.out / "index.html").exists()
+    assert not list(config.out.glob("*.png"))
     with pytest.raises(ValueError, match="finished evaluation"):
         pipeline.load_results(config.out / "results.json")
     stop[:] = [1, 1]
@@ -171,6 +172,43 @@ def test_a_mistake_is_one_line(arguments, message, tmp_path, capsys):
     assert cli.main(["evaluate", "--out", str(tmp_path / "out"), *arguments]) == 1
     said = capsys.readouterr().err
     assert message in said and said.count("dualxda:") == 1 and "Traceback" not in said
+
+
+def folder(path, classes, size):
+    """A data set of a few images, as .npz."""
+    for name, n in (("train", 24), ("test", 12)):
+        images = np.full((n, size, size, 1), 40, np.uint8)
+        np.savez(path / f"{name}.npz", images=images, labels=np.arange(n) % classes)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("classes", "size", "arguments", "message"),
+    [
+        (2, 12, [], "data: got 2 classes, must be 4 or more for the metric 'subclass'"),
+        (2, 12, ["--metrics", "class", "shortcut"], "data: got 2 classes, must be 3 or more for the metric 'shortcut'"),
+        (1, 12, ["--metrics", "lds"], "got labels of one class, must be of two or more"),
+        (4, 8, [], "images: got shape (1, 8, 8, 1), must be"),
+        (4, 12, ["--limit", "1", "--metrics", "mislabel"], "got 1 training images, must be 2 or more for the metric"),
+        (4, 12, ["--part", "3", "--preset", "paper"], "must be more for the metric 'pruning', which takes away 90%"),
+        (None, 12, [], "no such folder"),
+    ],
+)
+def test_data_that_a_metric_cannot_take_are_refused_before_any_work(
+    classes, size, arguments, message, tmp_path, capsys, monkeypatch
+):
+    """And what an earlier run has left is still there."""
+    monkeypatch.setattr(cases, "train", lambda *a, **k: pytest.fail("trained"))
+    out = tmp_path / "out"
+    out.mkdir()
+    left = {"results.json": f'{{"format": "{results.FORMAT}", "finished": true}}', "index.html": "page", "lds.png": ""}
+    for name, content in left.items():
+        (out / name).write_text(content)
+    data = folder(tmp_path, classes, size) if classes else str(tmp_path / "nothing")
+    assert cli.main(["evaluate", "--out", str(out), "--data", data, *arguments]) == 1
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+    assert {name: (out / name).read_text() for name in left} == left
 
 
 def test_a_folder_where_another_run_is_at_work_is_refused(tmp_path, capsys):

@@ -35,7 +35,8 @@ def evaluate(config: EvaluateConfig, *, track: store.Track | None = None, overal
         Path of the page.
 
     Raises:
-        ValueError: data that cannot be read, results of another version in `out`, another run at work there.
+        ValueError: data that cannot be read or are too small for a metric, results of another version in `out`, another
+            run at work there; what an earlier run left is kept then.
         OSError: the folder cannot be made.
     """
     report.need_libraries()
@@ -47,12 +48,14 @@ def _evaluate(config: EvaluateConfig, track: store.Track, overall: Progress) -> 
     target = config.out / "results.json"
     if target.exists():
         results.load(target)  # refuses what another version wrote
-        # Numbers of an earlier run must not stand beside the stages of an unfinished one.
-        target.unlink()
-    (config.out / "index.html").unlink(missing_ok=True)
     start = time.perf_counter()
     dataset = data.embedded_sample() if config.data is None else data.load_folder(config.data)
     names = [name for name in cases.METRICS_OF if set(cases.METRICS_OF[name]) & set(config.chosen_metrics)]
+    for name in names:
+        cases.check(name, dataset, config)
+    # Nothing of an earlier run may stand beside the stages of an unfinished one; and a mistake takes nothing away.
+    target.unlink(missing_ok=True)
+    report.remove_evaluation(config.out)
     runs = [_Seed(config, dataset, seed, names, track) for seed in range(config.seeds)]
     total, done = sum(run.stages for run in runs), 0
 

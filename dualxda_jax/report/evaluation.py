@@ -17,6 +17,7 @@ _SETTINGS = {
     "noisy": ("data with 30% of the labels flipped", ("mislabel",)),
     "part": ("a part, to be retrained on", ("lds", "coreset", "pruning")),
 }
+_RUNTIME = "runtime.png"
 _FIGURES = (
     ("selection.png", charts.selection_figure, "Coreset selection and data pruning",
      "Mean cross-entropy, against the original network's predictions, of networks retrained on the samples that a "
@@ -50,7 +51,7 @@ def write_evaluation(folder: str | os.PathLike[str], results: dict[str, Any]) ->
     need_libraries()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    drawn: dict[str, Figure | None] = {"runtime.png": charts.runtime_figure(results)}
+    drawn: dict[str, Figure | None] = {_RUNTIME: charts.runtime_figure(results)}
     drawn |= {name: draw(results) for name, draw, _, _ in _FIGURES}
     for name, figure in drawn.items():
         if figure is None:
@@ -61,6 +62,12 @@ def write_evaluation(folder: str | os.PathLike[str], results: dict[str, Any]) ->
     partial.write_text(_html(results, drawn), encoding="utf-8")
     partial.replace(page)
     return page
+
+
+def remove_evaluation(folder: str | os.PathLike[str]) -> None:
+    """Remove what `write_evaluation` has written to a folder, if it has."""
+    for name in ("index.html", _RUNTIME, *(name for name, *_ in _FIGURES)):
+        (Path(folder) / name).unlink(missing_ok=True)
 
 
 def _html(results: dict[str, Any], drawn: dict[str, Figure | None]) -> str:
@@ -86,7 +93,7 @@ def _html(results: dict[str, Any], drawn: dict[str, Figure | None]) -> str:
         cold=any("*" in c["prepare"] for c in costs),
         queries=f"{timed['queries']:,}",
         samples=f"{timed['training']:,}",
-        runtime=embedded(drawn["runtime.png"]),
+        runtime=embedded(drawn[_RUNTIME]),
         figures=figures,
         seeds=seeds,
         sizes=_sizes(results),
