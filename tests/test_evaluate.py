@@ -1,7 +1,6 @@
 """The evaluation as a whole, on a tiny network: complete, resumable, refusing what is not its own."""
 
 import dataclasses
-import json
 import pathlib
 import re
 import signal
@@ -9,10 +8,11 @@ import subprocess
 import sys
 
 import flax.linen as nn
+import jax
 import numpy as np
 import pytest
 
-from dualxda_jax import cli, pipeline, report
+from dualxda_jax import checkpoint, cli, data, evaluation, pipeline
 from dualxda_jax.evaluation import retrain
 from dualxda_jax.evaluation.benchmark import METRICS
 from dualxda_jax.pipeline import cases, cells, lineup, results
@@ -65,7 +65,7 @@ def test_every_method_has_every_metric_with_an_interval(config, first):
     assert rows["dualda-1e-3"]["values"]["class"]["mean"] > rows["random"]["values"]["class"]["mean"] + 0.3
     assert rows["random"]["average_rank"] is None and rows["random"]["ranks"] == {}
     assert {1.0, 2.0} == {rows[n]["ranks"]["lds"] for n in ("dualda-1e-3", "similarity")}
-    assert found["sizes"]["part"] == {"training": 90, "queries": 110}
+    assert found["sizes"]["part"] == {"training": 90, "queries": 110, "queries_per_seed": [110]}
     assert found["sizes"]["noisy"]["training"] == 90 and 0 <= found["accuracy"]["clean"][0] <= 1
     assert len(found["lds"]["random"]) == 110 and found["selection"]["pruning"]["random"]["fractions"] == [0.3, 0.6]
     support = found["sparsity"]["support"]
@@ -74,10 +74,6 @@ def test_every_method_has_every_metric_with_an_interval(config, first):
 
 def test_values_are_those_of_the_metrics_alone(config, first):
     """The mean in the table is what the public function says of the whole score matrix."""
-    import jax
-
-    from dualxda_jax import checkpoint, data, evaluation
-
     case = cases.make("clean", data.embedded_sample(), config, 0)
     network = checkpoint.load(config.out / "stages/seed-0/seed-0-train-on-clean-data", fingerprint=case.made_by)
     trained = cases.put_together(case, network, config)
@@ -204,8 +200,8 @@ def test_data_that_a_metric_cannot_take_are_refused_before_any_work(
     left = {"results.json": f'{{"format": "{results.FORMAT}", "finished": true}}', "index.html": "page", "lds.png": ""}
     for name, content in left.items():
         (out / name).write_text(content)
-    data = folder(tmp_path, classes, size) if classes else str(tmp_path / "nothing")
-    assert cli.main(["evaluate", "--out", str(out), "--data", data, *arguments]) == 1
+    images = folder(tmp_path, classes, size) if classes else str(tmp_path / "nothing")
+    assert cli.main(["evaluate", "--out", str(out), "--data", images, *arguments]) == 1
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
     assert {name: (out / name).read_text() for name in left} == left
@@ -297,29 +293,3 @@ def test_every_registered_method_has_a_row():
         names = [entry.name for entry in lineup.lineup(preset)]
         assert len(names) == len(set(names)) and {"dualda-1e-5", "dualda-1e-3", "dualda-1e-1", "random"} <= set(names)
     assert all(entry.make().name for entry in lineup.lineup("small", list(METHODS)))
-
-
-def test_a_metric_without_any_query_is_undefined_and_last():
-    cell = {"cost": [], "remarks": [], "importance": np.zeros(0), "curve": np.zeros(0)}
-    entries = lineup.lineup("small", ["dualda-1e-3", "similarity"])
-    full = {"marked": {**cell, "values": {"shortcut": np.array([0.5, 0.7])}}}
-    empty = {"marked": {**cell, "values": {}}}
-    table = results.assemble(entries, ("shortcut",), [{"dualda-1e-3": empty, "similarity": full}], [])
-    best, last = table["methods"]
-    assert best["name"] == "similarity" and best["ranks"] == {"shortcut": 1.0}
-    assert last["values"]["shortcut"]["mean"] is None and last["ranks"] == {"shortcut": 2.0}
-    json.dumps(table, allow_nan=False)
-
-
-def test_a_page_of_one_metric_and_no_costs_is_written(tmp_path):
-    entries = lineup.lineup("small", ["random"])
-    cell = {"cost": [], "remarks": ["it guesses"], "importance": np.zeros(0), "values": {}, "curve": np.zeros(3)}
-    table = results.assemble(entries, ("mislabel",), [{"random": {"noisy": cell}}], [])
-    full = {
-        **table, "dataset": "data", "sizes": {"noisy": {"training": 4, "queries": 2}}, "accuracy": {"noisy": [0.5]},
-        "options": {"preset": "small", "seeds": 1, "network": "small-cnn", "training_images": 4, "test_images": 2},
-        "seconds": 1.0, "reused": 0, "stages": [], "environment": ["here"],
-        "definitions": dict.fromkeys(("prepare", "explain", "kept", "interval"), "so"),
-    }  # fmt: skip
-    text = report.write_evaluation(tmp_path, full).read_text()
-    assert "undefined" in text and "it guesses" in text and "What they cost" not in text

@@ -73,7 +73,10 @@ def _evaluate(config: EvaluateConfig, track: store.Track, overall: Progress) -> 
         **table,
         "dataset": dataset.name,
         "options": _options(config, dataset),
-        "sizes": found[0].sizes,
+        "sizes": {
+            name: {**size, "queries_per_seed": [f.sizes[name]["queries"] for f in found]}
+            for name, size in found[0].sizes.items()
+        },
         "accuracy": {name: [f.accuracy[name] for f in found] for name in names},
         "seconds": round(time.perf_counter() - start, 1),
         "reused": sum(stage.note == "reused" for stage in log),
@@ -87,10 +90,12 @@ def _evaluate(config: EvaluateConfig, track: store.Track, overall: Progress) -> 
 
 
 DEFINITIONS = {
-    "prepare": "seconds of one call of fit, from the trained network and its training set to all that scores need, "
-    f"compilation left out (counted where a first call takes over {benchmark.LONG:.0f} s), arrays ready on the device",
-    "explain": "seconds of the calls of scores for all queries, from their images to all scores, blocks of "
-    f"{cells.CHUNK} queries, compilation left out, arrays ready on the device",
+    "prepare": "seconds by the clock of one call of fit, from the trained network and its training set to all that "
+    f"scores need, compilation left out (counted where a first call takes over {benchmark.LONG:.0f} s), arrays ready "
+    "on the device",
+    "explain": "seconds by the clock of the calls of scores for all queries, from their images to all scores, blocks "
+    f"of {cells.CHUNK} queries (one that is not full is counted by its share), compilation left out, arrays ready on "
+    "the device",
     "kept": "bytes of the arrays that fit returns, network and training set not counted",
     "interval": "95% percentile bootstrap over the queries (mislabelling: over the mislabelled samples), "
     "averaged over the seeds; spread: standard deviation over the seeds",

@@ -170,7 +170,7 @@ def _costs(results: dict[str, Any]) -> list[dict[str, str]]:
                 "explain": seconds(cost["explain_seconds"]),
                 "factor": f"{factor:,.2g}" if factor < 100 else f"{factor:,.0f}",
                 "against": base["name"],
-                "kept": f"{cost['kept_bytes'] / 1e6:,.1f}",
+                "kept": megabytes(cost["kept_bytes"]),
             }
         )
     return found
@@ -181,6 +181,13 @@ def seconds(value: float) -> str:
     if value < 1e-3:
         return "< 0.001"
     return f"{value:,.0f}" if value >= 10 else f"{value:#.2g}" if value >= 0.01 else f"{value:.3f}"
+
+
+def megabytes(count: float) -> str:
+    """Millions of bytes with one decimal; what would be 0.0 with one significant digit."""
+    if 0 < count < 5e4:
+        return f"{count / 1e6:.1g}" if count >= 1e3 else "< 0.001"
+    return f"{count / 1e6:,.1f}"
 
 
 def _sizes(results: dict[str, Any]) -> list[dict[str, str]]:
@@ -194,11 +201,17 @@ def _sizes(results: dict[str, Any]) -> list[dict[str, str]]:
                 "says": says,
                 "metrics": ", ".join(titles[m] for m in metrics if m in titles),
                 "training": f"{size['training']:,}",
-                "queries": "—" if name == "noisy" else f"{size['queries']:,}",
+                "queries": "—" if name == "noisy" else _queries(size),
                 "accuracy": " / ".join(f"{a:.1%}" for a in accuracy),
             }
         )
     return rows
+
+
+def _queries(size: dict[str, Any]) -> str:
+    """How many; of each seed where they differ, as the number of those that a mark misleads does."""
+    each = size.get("queries_per_seed") or [size["queries"]]
+    return " / ".join(f"{q:,}" for q in (each if len(set(each)) > 1 else each[:1]))
 
 
 def _measured(results: dict[str, Any]) -> str:
@@ -232,7 +245,20 @@ def _notes(results: dict[str, Any]) -> list[tuple[str, str]]:
                 notes.append((row["name"], f"left out of {results['metrics'][metric]['title'].lower()}: {why}"))
         notes += [(row["name"], f"failed, so last in place: {why}") for why in sorted(set(row["failed"].values()))]
         notes += [(row["name"], remark) for remark in row["remarks"]]
+        notes += [(row["name"], words) for words in _undefined(row, results["metrics"])]
     return notes
+
+
+def _undefined(row: dict[str, Any], metrics: dict[str, Any]) -> list[str]:
+    """What a mean in the table leaves out."""
+    said = []
+    for name, found in row["values"].items():
+        left, of = (sum(seed[key] for seed in found["per_seed"]) for key in ("defined", "values"))
+        if left < of:
+            said.append(
+                f"{metrics[name]['title']} has no value for {of - left:,} of {of:,} queries, which its mean leaves out"
+            )
+    return said
 
 
 def _words(row: dict[str, Any]) -> str:
