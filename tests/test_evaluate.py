@@ -285,6 +285,43 @@ def test_a_method_that_fails_is_last_and_the_others_go_on(config, first, monkeyp
     assert "failed" in page.read_text() and "gradcos on noisy data: params: got nothing" in page.read_text()
 
 
+@pytest.mark.parametrize("message", ["RESOURCE_EXHAUSTED: Out of memory while trying to allocate", "INTERNAL: broken"])
+def test_a_method_without_memory_fails_alone_and_no_other_error_of_the_device_does(config, first, monkeypatch, message):
+    def full(*args):
+        raise jax.errors.JaxRuntimeError(message)
+
+    make = lineup.Entry.make
+    monkeypatch.setattr(lineup.Entry, "make", lambda entry: dataclasses.replace(make(entry), fit=full))
+    one = dataclasses.replace(config, methods=("gradcos",), metrics=("class",))
+    if "RESOURCE" not in message:
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            pipeline.evaluate(one)
+        return
+    pipeline.evaluate(one)
+    (row,) = pipeline.load_results(config.out / "results.json")["methods"]
+    assert row["failed"] == {"class": "gradcos on clean data: the device's memory is not enough"}
+
+
+def test_retrained_networks_are_spread_over_accelerators(config, first, monkeypatch, tmp_path):
+    """Eight fake CPUs that pass for something else, against what one has trained."""
+    name = "seed-0-train-on-the-part-to-retrain-on"
+    case = cases.make("part", data.embedded_sample(), config, 0)
+    network = checkpoint.load(config.out / "stages/seed-0" / name, fingerprint=case.made_by)
+    trained = cases.put_together(case, network, config)
+    alone = cells.retrain_halves(trained, config, 0, config.out / "stages/seed-0/networks", lambda done, total: None)
+    seen, logits = [], retrain.logits
+
+    def watched(*args, sharding, **kwargs):
+        seen.append(sharding)
+        return logits(*args, sharding=sharding, **kwargs)
+
+    monkeypatch.setattr(retrain, "logits", watched)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    spread = cells.retrain_halves(trained, config, 0, tmp_path, lambda done, total: None)
+    assert seen[0].mesh.size == 8
+    np.testing.assert_allclose(spread["outputs"], alone["outputs"], rtol=1e-3, atol=1e-4)
+
+
 def test_every_registered_method_has_a_row():
     from dualxda_jax.baselines import METHODS
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dualxda_jax import attribution, evaluation, models, svm
 from dualxda_jax._check import fail
@@ -52,7 +53,7 @@ def explain(
         of.
 
     Raises:
-        MethodFailed: what the method refuses, with its name and the case.
+        MethodFailed: what the method refuses or has no memory for, with its name and the case.
     """
     method, context, case = entry.make(), trained.context, trained.case
     cell: dict[str, Any] = {"values": {}, "cost": [], "importance": np.zeros(0), "curve": np.zeros(0), "remarks": []}
@@ -71,6 +72,10 @@ def explain(
                     cell["cost"] = list(cost)
         except (ValueError, FloatingPointError) as error:
             raise MethodFailed(f"{entry.name} on {case.name} data: {' '.join(str(error).split())}") from error
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise MethodFailed(f"{entry.name} on {case.name} data: the device's memory is not enough") from error
     cell["remarks"] = sorted({str(w.message) for w in heard if issubclass(w.category, UserWarning)})
     return cell
 
@@ -194,8 +199,16 @@ def _retrain(
         key, module_of(config.network, case.num_classes), case.train.images, case.train.labels, subsets,
         trained.queries if case.train.images.dtype != np.uint8 else np.rint(trained.queries * 255).astype(np.uint8),
         config=training.TrainConfig(steps=config.sizes.steps, batch_size=config.sizes.batch), folder=folder,
-        progress=progress,
+        sharding=_over_devices(), progress=progress,
     )  # fmt: skip
+
+
+def _over_devices() -> NamedSharding | None:
+    """The networks spread over this process's accelerators, if it has several; on CPUs threads share the cores."""
+    devices = jax.local_devices()
+    if jax.default_backend() == "cpu" or len(devices) == 1:
+        return None
+    return NamedSharding(Mesh(np.array(devices), ("networks",)), PartitionSpec("networks"))
 
 
 def _log_probability(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
