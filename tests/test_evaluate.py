@@ -68,7 +68,11 @@ def test_every_method_has_every_metric_with_an_interval(config, first):
     assert found["sizes"]["part"] == {"training": 90, "queries": 110, "queries_per_seed": [110]}
     assert found["sizes"]["noisy"]["training"] == 90 and 0 <= found["accuracy"]["clean"][0] <= 1
     assert len(found["lds"]["random"]) == 110 and found["selection"]["pruning"]["random"]["fractions"] == [0.3, 0.6]
-    support = found["sparsity"]["support"]
+    path = found["sparsity"]
+    for name in ("class", "weight_cosine", "logit_correlation", "matthews", "kendall_tau"):
+        for low, mean, high in zip(path[f"{name}_low"], path[name], path[f"{name}_high"], strict=True):
+            assert mean is None or low <= mean <= high, name
+    support = path["support"]
     assert len(support) == len(cells.COSTS) and support[0] > support[-1] > 0
 
 

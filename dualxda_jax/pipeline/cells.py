@@ -1,5 +1,6 @@
 """One cell of an evaluation: a method on a case, from the fit to the values of each query."""
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +23,6 @@ from dualxda_jax.types import Array, Progress
 PLACES = 5
 CHUNK = 100
 CURVE = 201
-SPARSITY = (
-    "cost", "support", "nonzero", "class", "weight_cosine", "logit_correlation", "matthews", "kendall_tau", "gap",
-)  # fmt: skip
 COSTS = (1e-9, 1e-7, 1e-5, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
@@ -220,7 +218,13 @@ def _log_probability(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def sparsity(trained: Trained, progress: Progress) -> dict[str, np.ndarray]:
-    """Over a path of costs: support vectors and non-zero coefficients, faithfulness and class detection of DualDA."""
+    """Over a path of costs: support vectors and non-zero coefficients, faithfulness and class detection of DualDA.
+
+    Returns:
+        [c] each: "cost", "support", "nonzero", "gap"; "class" and the measures of `evaluation.Faithfulness`, and with
+        "_low" and "_high" behind their names the ends of their intervals over the queries (of the weights: over the
+        classes).
+    """
     context = trained.context
     train, test = (features(context, jnp.asarray(x), 256) for x in (context.inputs, trained.queries))
     model = models.from_linen(module_of(trained.network, trained.case.num_classes), head=models.HEAD)
@@ -233,27 +237,18 @@ def sparsity(trained: Trained, progress: Progress) -> dict[str, np.ndarray]:
             solution = svm.solve(train, context.labels, num_classes=context.num_classes, cost=cost)
         support = attribution.compress(train, context.labels, solution)
         scores = attribution.dense(support, attribution.scores(support, test, jnp.asarray(trained.targets)))
-        faithful = evaluation.surrogate_faithfulness(
-            weights, solution.weights, network, np.asarray(attribution.logits(support, test))
-        )
+        logits = np.asarray(attribution.logits(support, test))
+        # The same queries are drawn for every cost: what differs along the path is the cost.
+        key = jax.random.key(0)
+        faithful = evaluation.faithfulness_intervals(weights, solution.weights, network, logits, key)
         detection = evaluation.class_detection(
-            scores, context.labels, trained.targets, k=min(PLACES, len(context.labels))
+            scores, context.labels, trained.targets, k=min(PLACES, len(context.labels)), per_query=True
         )
         nonzero = np.asarray(solution.coefficients) != 0
-        rows.append(
-            [cost, nonzero.any(1).mean(), nonzero.mean(), float(detection), faithful.weight_cosine,
-             faithful.logit_correlation, faithful.matthews, faithful.kendall_tau, float(solution.info.gap)]
-        )  # fmt: skip
+        row = {"cost": cost, "support": nonzero.any(1).mean(), "nonzero": nonzero.mean(), "gap": solution.info.gap}
+        measures = {f.name: getattr(faithful, f.name) for f in dataclasses.fields(faithful)}
+        for name, interval in {"class": evaluation.bootstrap(detection, key), **measures}.items():
+            row |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+        rows.append({name: float(value) for name, value in row.items()})
         progress(done + 1, len(COSTS))
-    names = (
-        "cost",
-        "support",
-        "nonzero",
-        "class",
-        "weight_cosine",
-        "logit_correlation",
-        "matthews",
-        "kendall_tau",
-        "gap",
-    )
-    return dict(zip(names, np.asarray(rows, np.float64).T, strict=True))
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}

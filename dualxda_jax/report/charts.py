@@ -173,7 +173,9 @@ def sparsity_figure(results: dict[str, Any]) -> Figure | None:
         left.yaxis.set_major_formatter(_share)
         for i, (name, words) in enumerate(_AGREEMENT):
             colour = (_OURS[0], *_OTHERS)[i]
-            values = [np.nan if v is None else v for v in path[name]]
+            values, low, high = (_known(path.get(name + end)) for end in ("", "_low", "_high"))
+            if low is not None and high is not None:
+                right.fill_between(path["cost"], low, high, color=colour, alpha=0.12, linewidth=0)
             right.plot(
                 path["cost"],
                 values,
@@ -189,6 +191,11 @@ def sparsity_figure(results: dict[str, Any]) -> Figure | None:
             axes.set_xscale("log")
             axes.set_xlabel("C (logarithmic)", fontsize=10, color=INK)
         return Figure(png(), 980, 380)
+
+
+def _known(values: Sequence[float | None] | None) -> list[float] | None:
+    """Numbers to draw, nan where there is none."""
+    return None if values is None else [np.nan if v is None else v for v in values]
 
 
 def _label_points(axes: Any, points: Sequence[tuple[float, float, str, str]]) -> None:

@@ -30,7 +30,8 @@ _FIGURES = (
      "seed start from the same parameters, so that they differ by their halves alone."),
     ("sparsity.png", charts.sparsity_figure, "DualDA: which C",
      "Left: how many training samples, and coefficients, have any say. Right: how closely the surrogate follows the "
-     "network, and how often the top samples carry the predicted class, each over the same queries."),
+     "network, and how often the top samples carry the predicted class, each over the same queries; shaded: 95% "
+     "bootstrap intervals over the queries (of the weights: over the classes)."),
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from dualxda_jax import report
 from dualxda_jax.pipeline import lineup, results
+from dualxda_jax.report import charts
 from dualxda_jax.report.evaluation import megabytes
 
 
@@ -58,6 +59,20 @@ def test_the_page_says_what_a_mean_leaves_out_and_the_queries_of_each_seed(tmp_p
     assert ">1,234</td>" in text and ">3 / 2</td>" in text and "3 networks on random halves" in text
     same = {"part": {"training": 4, "queries": 3, "queries_per_seed": [3, 3]}}
     assert ">3</td>" in page(tmp_path, table, sizes=same, accuracy={"part": [0.5, 0.25]})
+
+
+def test_a_path_of_costs_is_drawn_with_and_without_intervals():
+    """A seed that an earlier version has kept comes without."""
+    names = ("class", "weight_cosine", "logit_correlation", "matthews", "kendall_tau")
+    bare = {name: np.array([0.5, np.nan, 0.7]) for name in ("cost", "support", "nonzero", "gap", *names)}
+    ends = {f"{name}_{end}": np.full(3, 0.4) for name in names for end in ("low", "high")}
+    bare["cost"] = np.array([0.1, 1.0, 10.0])
+    drawn = []
+    for seeds in ([{**bare, **ends}], [{**bare, **ends}, bare], [bare, {**bare, **ends}]):
+        table = results.assemble((), (), [{}] * len(seeds), seeds)
+        drawn.append((set(table["sparsity"]) > set(bare), charts.sparsity_figure(table).png))
+    assert [full for full, _ in drawn] == [True, False, False]
+    assert drawn[0][1] != drawn[1][1] == drawn[2][1]
 
 
 def test_removing_a_page_takes_its_figures_and_nothing_else(tmp_path):
