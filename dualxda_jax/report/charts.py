@@ -161,7 +161,7 @@ def sparsity_figure(results: dict[str, Any]) -> Figure | None:
     if not path:
         return None
     with _figure(980, 380) as (figure, png):
-        left, right = _axes(figure, (0.06, 0.15, 0.35, 0.75)), _axes(figure, (0.48, 0.15, 0.33, 0.75))
+        left, right = _axes(figure, (0.06, 0.15, 0.345, 0.75)), _axes(figure, (0.465, 0.15, 0.325, 0.75))
         for name, words, colour, line in (
             ("support", "support vectors", _OURS[0], "-"),
             ("nonzero", "non-zero coefficients", _OTHERS[0], "--"),
