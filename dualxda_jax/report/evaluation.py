@@ -124,15 +124,13 @@ def _rows(results: dict[str, Any]) -> list[dict[str, Any]]:
                 words = "—" if found is None else "failed" if name in row["failed"] else "undefined"
                 cells.append({"mean": words, "interval": "", "rank": _place(row["ranks"].get(name)), "first": False})
                 continue
-            interval = f"{number(found['low'])} … {number(found['high'])}"
-            if found["spread"] is not None:
-                interval += f", ±{number(found['spread'])}"
+            spread = "" if found["spread"] is None else f"±{number(found['spread'])}"
             first = not row["control"] and found["mean"] == best[name]
             cells.append(
                 {
                     "mean": number(found["mean"]),
-                    "interval": interval,
-                    "rank": _place(row["ranks"].get(name)),
+                    "interval": f"{number(found['low'])} … {number(found['high'])}",
+                    "rank": " ".join(filter(None, (spread, _place(row["ranks"].get(name))))),
                     "first": first,
                 }
             )

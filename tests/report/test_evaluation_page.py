@@ -75,6 +75,29 @@ def test_a_path_of_costs_is_drawn_with_and_without_intervals():
     assert drawn[0][1] != drawn[1][1] == drawn[2][1]
 
 
+@pytest.mark.parametrize("rows", [3, 30])
+def test_all_names_of_a_legend_lie_within_the_figure(rows, monkeypatch):
+    names = [f"method-{i}" for i in range(rows)]
+    curve = {"fractions": [0.1, 0.5], "values": [0.2, 0.3]}
+    found = {
+        "methods": [{"name": name, "control": False, "method": "trak"} for name in names],
+        "metrics": {"coreset": {"higher": False, "title": "Coreset selection"}},
+        "curves": {name: [0.0, 0.5, 1.0] for name in names},
+        "selection": {"coreset": dict.fromkeys(names, curve)},
+    }
+    boxes, legend = [], charts._legend
+
+    def watched(figure, axes):
+        legend(figure, axes)
+        figure.canvas.draw()
+        boxes.append((figure.legends[0].get_window_extent(), figure.bbox))
+
+    monkeypatch.setattr(charts, "_legend", watched)
+    drawn = [charts.curves_figure(found), charts.selection_figure(found)]
+    assert (rows == 3) == ([figure.height for figure in drawn] == [430, 400])
+    assert all(box.y0 >= 0 and box.x1 <= sheet.x1 for box, sheet in boxes)
+
+
 def test_removing_a_page_takes_its_figures_and_nothing_else(tmp_path):
     entries = lineup.lineup("small", ["random"])
     cell = {"cost": [], "remarks": [], "importance": np.zeros(0), "values": {}, "curve": np.linspace(0, 1, 3)}
