@@ -1,7 +1,6 @@
 """The evaluation as a whole, on a tiny network: complete, resumable, refusing what is not its own."""
 
 import dataclasses
-import json
 import pathlib
 import re
 import signal
@@ -9,10 +8,11 @@ import subprocess
 import sys
 
 import flax.linen as nn
+import jax
 import numpy as np
 import pytest
 
-from dualxda_jax import cli, pipeline, report
+from dualxda_jax import checkpoint, cli, data, evaluation, pipeline
 from dualxda_jax.evaluation import retrain
 from dualxda_jax.evaluation.benchmark import METRICS
 from dualxda_jax.pipeline import cases, cells, lineup, results
@@ -65,19 +65,19 @@ def test_every_method_has_every_metric_with_an_interval(config, first):
     assert rows["dualda-1e-3"]["values"]["class"]["mean"] > rows["random"]["values"]["class"]["mean"] + 0.3
     assert rows["random"]["average_rank"] is None and rows["random"]["ranks"] == {}
     assert {1.0, 2.0} == {rows[n]["ranks"]["lds"] for n in ("dualda-1e-3", "similarity")}
-    assert found["sizes"]["part"] == {"training": 90, "queries": 110}
+    assert found["sizes"]["part"] == {"training": 90, "queries": 110, "queries_per_seed": [110]}
     assert found["sizes"]["noisy"]["training"] == 90 and 0 <= found["accuracy"]["clean"][0] <= 1
     assert len(found["lds"]["random"]) == 110 and found["selection"]["pruning"]["random"]["fractions"] == [0.3, 0.6]
-    support = found["sparsity"]["support"]
+    path = found["sparsity"]
+    for name in ("class", "weight_cosine", "logit_correlation", "matthews", "kendall_tau"):
+        for low, mean, high in zip(path[f"{name}_low"], path[name], path[f"{name}_high"], strict=True):
+            assert mean is None or low <= mean <= high, name
+    support = path["support"]
     assert len(support) == len(cells.COSTS) and support[0] > support[-1] > 0
 
 
 def test_values_are_those_of_the_metrics_alone(config, first):
     """The mean in the table is what the public function says of the whole score matrix."""
-    import jax
-
-    from dualxda_jax import checkpoint, data, evaluation
-
     case = cases.make("clean", data.embedded_sample(), config, 0)
     network = checkpoint.load(config.out / "stages/seed-0/seed-0-train-on-clean-data", fingerprint=case.made_by)
     trained = cases.put_together(case, network, config)
@@ -123,6 +123,7 @@ def test_an_interrupted_run_is_not_a_finished_one_and_goes_on(config, first, mon
     with pytest.raises(KeyboardInterrupt):
         pipeline.evaluate(more)
     assert not (config.out / "results.json").exists() and not (config.out / "index.html").exists()
+    assert not list(config.out.glob("*.png"))
     with pytest.raises(ValueError, match="finished evaluation"):
         pipeline.load_results(config.out / "results.json")
     stop[:] = [1, 1]
@@ -171,6 +172,43 @@ def test_a_mistake_is_one_line(arguments, message, tmp_path, capsys):
     assert cli.main(["evaluate", "--out", str(tmp_path / "out"), *arguments]) == 1
     said = capsys.readouterr().err
     assert message in said and said.count("dualxda:") == 1 and "Traceback" not in said
+
+
+def folder(path, classes, size):
+    """A data set of a few images, as .npz."""
+    for name, n in (("train", 24), ("test", 12)):
+        images = np.full((n, size, size, 1), 40, np.uint8)
+        np.savez(path / f"{name}.npz", images=images, labels=np.arange(n) % classes)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("classes", "size", "arguments", "message"),
+    [
+        (2, 12, [], "data: got 2 classes, must be 4 or more for the metric 'subclass'"),
+        (2, 12, ["--metrics", "class", "shortcut"], "data: got 2 classes, must be 3 or more for the metric 'shortcut'"),
+        (1, 12, ["--metrics", "lds"], "got labels of one class, must be of two or more"),
+        (4, 8, [], "images: got shape (1, 8, 8, 1), must be"),
+        (4, 12, ["--limit", "1", "--metrics", "mislabel"], "got 1 training images, must be 2 or more for the metric"),
+        (4, 12, ["--part", "3", "--preset", "paper"], "must be more for the metric 'pruning', which takes away 90%"),
+        (None, 12, [], "no such folder"),
+    ],
+)
+def test_data_that_a_metric_cannot_take_are_refused_before_any_work(
+    classes, size, arguments, message, tmp_path, capsys, monkeypatch
+):
+    """And what an earlier run has left is still there."""
+    monkeypatch.setattr(cases, "train", lambda *a, **k: pytest.fail("trained"))
+    out = tmp_path / "out"
+    out.mkdir()
+    left = {"results.json": f'{{"format": "{results.FORMAT}", "finished": true}}', "index.html": "page", "lds.png": ""}
+    for name, content in left.items():
+        (out / name).write_text(content)
+    images = folder(tmp_path, classes, size) if classes else str(tmp_path / "nothing")
+    assert cli.main(["evaluate", "--out", str(out), "--data", images, *arguments]) == 1
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+    assert {name: (out / name).read_text() for name in left} == left
 
 
 def test_a_folder_where_another_run_is_at_work_is_refused(tmp_path, capsys):
@@ -251,6 +289,43 @@ def test_a_method_that_fails_is_last_and_the_others_go_on(config, first, monkeyp
     assert "failed" in page.read_text() and "gradcos on noisy data: params: got nothing" in page.read_text()
 
 
+@pytest.mark.parametrize("message", ["RESOURCE_EXHAUSTED: Out of memory while trying to allocate", "INTERNAL: broken"])
+def test_a_method_without_memory_fails_alone_and_no_other_error_of_the_device_does(config, first, monkeypatch, message):
+    def full(*args):
+        raise jax.errors.JaxRuntimeError(message)
+
+    make = lineup.Entry.make
+    monkeypatch.setattr(lineup.Entry, "make", lambda entry: dataclasses.replace(make(entry), fit=full))
+    one = dataclasses.replace(config, methods=("gradcos",), metrics=("class",))
+    if "RESOURCE" not in message:
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            pipeline.evaluate(one)
+        return
+    pipeline.evaluate(one)
+    (row,) = pipeline.load_results(config.out / "results.json")["methods"]
+    assert row["failed"] == {"class": "gradcos on clean data: the device's memory is not enough"}
+
+
+def test_retrained_networks_are_spread_over_accelerators(config, first, monkeypatch, tmp_path):
+    """Eight fake CPUs that pass for something else, against what one has trained."""
+    name = "seed-0-train-on-the-part-to-retrain-on"
+    case = cases.make("part", data.embedded_sample(), config, 0)
+    network = checkpoint.load(config.out / "stages/seed-0" / name, fingerprint=case.made_by)
+    trained = cases.put_together(case, network, config)
+    alone = cells.retrain_halves(trained, config, 0, config.out / "stages/seed-0/networks", lambda done, total: None)
+    seen, logits = [], retrain.logits
+
+    def watched(*args, sharding, **kwargs):
+        seen.append(sharding)
+        return logits(*args, sharding=sharding, **kwargs)
+
+    monkeypatch.setattr(retrain, "logits", watched)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    spread = cells.retrain_halves(trained, config, 0, tmp_path, lambda done, total: None)
+    assert seen[0].mesh.size == 8
+    np.testing.assert_allclose(spread["outputs"], alone["outputs"], rtol=1e-3, atol=1e-4)
+
+
 def test_every_registered_method_has_a_row():
     from dualxda_jax.baselines import METHODS
 
@@ -259,29 +334,3 @@ def test_every_registered_method_has_a_row():
         names = [entry.name for entry in lineup.lineup(preset)]
         assert len(names) == len(set(names)) and {"dualda-1e-5", "dualda-1e-3", "dualda-1e-1", "random"} <= set(names)
     assert all(entry.make().name for entry in lineup.lineup("small", list(METHODS)))
-
-
-def test_a_metric_without_any_query_is_undefined_and_last():
-    cell = {"cost": [], "remarks": [], "importance": np.zeros(0), "curve": np.zeros(0)}
-    entries = lineup.lineup("small", ["dualda-1e-3", "similarity"])
-    full = {"marked": {**cell, "values": {"shortcut": np.array([0.5, 0.7])}}}
-    empty = {"marked": {**cell, "values": {}}}
-    table = results.assemble(entries, ("shortcut",), [{"dualda-1e-3": empty, "similarity": full}], [])
-    best, last = table["methods"]
-    assert best["name"] == "similarity" and best["ranks"] == {"shortcut": 1.0}
-    assert last["values"]["shortcut"]["mean"] is None and last["ranks"] == {"shortcut": 2.0}
-    json.dumps(table, allow_nan=False)
-
-
-def test_a_page_of_one_metric_and_no_costs_is_written(tmp_path):
-    entries = lineup.lineup("small", ["random"])
-    cell = {"cost": [], "remarks": ["it guesses"], "importance": np.zeros(0), "values": {}, "curve": np.zeros(3)}
-    table = results.assemble(entries, ("mislabel",), [{"random": {"noisy": cell}}], [])
-    full = {
-        **table, "dataset": "data", "sizes": {"noisy": {"training": 4, "queries": 2}}, "accuracy": {"noisy": [0.5]},
-        "options": {"preset": "small", "seeds": 1, "network": "small-cnn", "training_images": 4, "test_images": 2},
-        "seconds": 1.0, "reused": 0, "stages": [], "environment": ["here"],
-        "definitions": dict.fromkeys(("prepare", "explain", "kept", "interval"), "so"),
-    }  # fmt: skip
-    text = report.write_evaluation(tmp_path, full).read_text()
-    assert "undefined" in text and "it guesses" in text and "What they cost" not in text

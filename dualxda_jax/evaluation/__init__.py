@@ -3,8 +3,19 @@
 from dualxda_jax.evaluation import retrain
 from dualxda_jax.evaluation.bootstrap import Interval, bootstrap
 from dualxda_jax.evaluation.detection import class_detection, subclass_detection
-from dualxda_jax.evaluation.faithfulness import Faithfulness, surrogate_faithfulness
-from dualxda_jax.evaluation.ranking import MislabelCurve, lds, mislabeling_detection, shortcut_detection
+from dualxda_jax.evaluation.faithfulness import (
+    Faithfulness,
+    faithfulness_intervals,
+    faithfulness_per_query,
+    surrogate_faithfulness,
+)
+from dualxda_jax.evaluation.ranking import (
+    MislabelCurve,
+    lds,
+    mislabeling_detection,
+    place_values,
+    shortcut_detection,
+)
 from dualxda_jax.evaluation.relevance import FlippingCurve, mark_relevance_share, pixel_flipping
 from dualxda_jax.evaluation.selection import SelectionCurve, coreset_selection, data_pruning
 
@@ -18,10 +29,13 @@ __all__ = [
     "class_detection",
     "coreset_selection",
     "data_pruning",
+    "faithfulness_intervals",
+    "faithfulness_per_query",
     "lds",
     "mark_relevance_share",
     "mislabeling_detection",
     "pixel_flipping",
+    "place_values",
     "retrain",
     "shortcut_detection",
     "subclass_detection",

@@ -144,33 +144,6 @@ def kept_bytes(fitted: Any, context: Context) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(fitted) if hasattr(leaf, "nbytes") and id(leaf) not in known)
 
 
-def place_values(self_influence: Any, corrupted: Any) -> np.ndarray:
-    """What each corrupted sample adds to the normalised area of `mislabeling_detection`: their mean is that area.
-
-    Args:
-        self_influence: [n].
-        corrupted: [n] bool, some but not all.
-
-    Returns:
-        [c] one for each corrupted sample; the higher, the earlier it is inspected. Ties at their average place.
-
-    Raises:
-        ValueError: shapes that do not fit, none or all corrupted.
-    """
-    _check.shape("self_influence", self_influence, ("n",))
-    values, corrupted = np.asarray(self_influence), np.asarray(corrupted)
-    _check.shape("corrupted", corrupted, (values.size,))
-    n, c = values.size, int(corrupted.sum())
-    if not 0 < c < n:
-        _check.fail("corrupted", f"{c} of {n}", "some and not all")
-    ordered = np.sort(-values)
-    first, last = np.searchsorted(ordered, -values, "left"), np.searchsorted(ordered, -values, "right")
-    place = (first + last + 1) / 2  # 1..n, the mean over equal ones
-    areas = (n - place[corrupted] + 1) / n
-    best, worst = (n - c + (c + 1) / 2) / n, (c + 1) / (2 * n)
-    return (areas - worst) / (best - worst)
-
-
 def ranks(values: Any, higher: Sequence[bool]) -> np.ndarray:
     """Places of methods, metric by metric.
 

@@ -58,12 +58,7 @@ def bootstrap(values: Any, key: Array, *, resamples: int = 1000, level: float = 
     q = np.shape(values)[0]
     if q == 0:
         _check.fail("values", "none", "[q] with q of 1 or more")
-    if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)) or key.shape != ():
-        _check.fail("key", f"{type(key).__name__} of shape {np.shape(key)}", "a typed key, as from jax.random.key")
-    if resamples < 1:
-        _check.fail("resamples", resamples, "1 or more")
-    if not 0 < level < 1:
-        _check.fail("level", level, "between 0 and 1")
+    check_bootstrap(key, resamples, level)
     if not _check.is_traced(values) and np.isinf(np.asarray(values)).any():
         _check.fail(
             "values", f"{np.count_nonzero(np.isinf(np.asarray(values)))} infinite", "finite, or nan where undefined"
@@ -72,6 +67,16 @@ def bootstrap(values: Any, key: Array, *, resamples: int = 1000, level: float = 
     if not jnp.issubdtype(values.dtype, jnp.floating):
         values = values.astype(jnp.float32)
     return _bootstrap(values, key, resamples=int(resamples), level=float(level))
+
+
+def check_bootstrap(key: Array, resamples: int, level: float) -> None:
+    """Refuse what no bootstrap can be made with."""
+    if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)) or key.shape != ():
+        _check.fail("key", f"{type(key).__name__} of shape {np.shape(key)}", "a typed key, as from jax.random.key")
+    if resamples < 1:
+        _check.fail("resamples", resamples, "1 or more")
+    if not 0 < level < 1:
+        _check.fail("level", level, "between 0 and 1")
 
 
 @functools.partial(jax.jit, static_argnames=("resamples", "level"))

@@ -7,12 +7,18 @@ import jax
 import numpy as np
 
 from dualxda_jax import _check
+from dualxda_jax.evaluation.bootstrap import Interval, check_bootstrap
+from dualxda_jax.types import Array
+
+_AT_ONCE = 1 << 22
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Faithfulness:
     """Agreement of the network's head and the surrogate; 1 is perfect in all four.
+
+    Scalars from `surrogate_faithfulness`; `faithfulness_per_query` and `faithfulness_intervals` fill the same fields.
 
     Attributes:
         weight_cosine: scalar, cosine of the two weight matrices, row by row, averaged over the classes.
@@ -21,10 +27,10 @@ class Faithfulness:
         kendall_tau: scalar, Kendall's τ-b of the logits of a query, averaged over the queries.
     """
 
-    weight_cosine: float
-    logit_correlation: float
-    matthews: float
-    kendall_tau: float
+    weight_cosine: Any
+    logit_correlation: Any
+    matthews: Any
+    kendall_tau: Any
 
 
 def surrogate_faithfulness(
@@ -51,6 +57,99 @@ def surrogate_faithfulness(
 
     Source: arXiv 2402.12118, faithfulness of the surrogate; Gorodkin 2004 for the multi-class Matthews correlation.
     """
+    weights, logits = _checked(network_weights, surrogate_weights, network_logits, surrogate_logits)
+    cosines, taus = _cosines(*weights), _taus(*logits)
+    everyone = np.ones((1, len(taus)))
+    return Faithfulness(
+        weight_cosine=_mean(cosines),
+        logit_correlation=float(_correlations(*logits, everyone)[0]),
+        matthews=float(_matthews(*logits, everyone)[0]),
+        kendall_tau=_mean(taus),
+    )
+
+
+def faithfulness_per_query(
+    network_weights: Any, surrogate_weights: Any, network_logits: Any, surrogate_logits: Any
+) -> Faithfulness:
+    """What `surrogate_faithfulness` is made of: values per query, and per class for the weights.
+
+    Two of the measures are no means of such values: they correlate over all queries at once. Here stand the nearest
+    values of a query alone; the intervals of the measures themselves are `faithfulness_intervals`.
+
+    Args:
+        network_weights: as in `surrogate_faithfulness`.
+        surrogate_weights: as there.
+        network_logits: as there.
+        surrogate_logits: as there.
+
+    Returns:
+        weight_cosine [k] of each class, nan without a direction; logit_correlation [q], Pearson's over a query's k
+        logits, nan where they are all equal on either side; matthews [q], 1 where both predict the same class and else
+        0; kendall_tau [q], nan without an order. The means of the first and the last are those of
+        `surrogate_faithfulness`.
+
+    Raises:
+        ValueError: as `surrogate_faithfulness`.
+    """
+    weights, (a, b) = _checked(network_weights, surrogate_weights, network_logits, surrogate_logits)
+    own = [_correlations(x[None], y[None], np.ones((1, 1)))[0] for x, y in zip(a, b, strict=True)]
+    same = (a.argmax(axis=1) == b.argmax(axis=1)).astype(np.float64)
+    return Faithfulness(_cosines(*weights), np.array(own), same, _taus(a, b))
+
+
+def faithfulness_intervals(
+    network_weights: Any, surrogate_weights: Any, network_logits: Any, surrogate_logits: Any, key: Array, *,
+    resamples: int = 1000, level: float = 0.95,
+) -> Faithfulness:  # fmt: skip
+    """How sure the measures of `surrogate_faithfulness` are: each computed anew on queries drawn with replacement.
+
+    Args:
+        network_weights: as in `surrogate_faithfulness`.
+        surrogate_weights: as there.
+        network_logits: as there.
+        surrogate_logits: as there.
+        key: typed key.
+        resamples: how often queries are drawn.
+        level: share of the draws between the ends, in 0..1.
+
+    Returns:
+        An `Interval` for each measure, `mean` being the measure itself and `defined` how many queries have a say in it.
+        Weights belong to no query: their interval is over the classes, and `defined` counts those. Draws in which a
+        measure has no value are left out.
+
+    Raises:
+        ValueError: as `surrogate_faithfulness` and `bootstrap`.
+
+    Source: Efron & Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
+    """
+    weights, logits = _checked(network_weights, surrogate_weights, network_logits, surrogate_logits)
+    check_bootstrap(key, resamples, level)
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
+    cosines, taus = _cosines(*weights), _taus(*logits)
+    drawn: tuple[list[np.ndarray], ...] = ([], [], [], [])
+    left, each = resamples, max(1, _AT_ONCE // max(len(taus), len(cosines)))
+    while left:
+        now = min(left, each)
+        left -= now
+        queries, classes = _draws(rng, now, len(taus)), _draws(rng, now, len(cosines))
+        drawn[0].append(_means(cosines, classes))
+        drawn[1].append(_correlations(*logits, queries))
+        drawn[2].append(_matthews(*logits, queries))
+        drawn[3].append(_means(taus, queries))
+    found = surrogate_faithfulness(*weights, *logits)
+    counts = (np.isfinite(cosines).sum(), len(taus), len(taus), np.isfinite(taus).sum())
+    values = (getattr(found, field.name) for field in dataclasses.fields(found))
+    return Faithfulness(
+        *(
+            _interval(value, np.concatenate(draws), int(count), level)
+            for value, draws, count in zip(values, drawn, counts, strict=True)
+        )
+    )
+
+
+def _checked(
+    network_weights: Any, surrogate_weights: Any, network_logits: Any, surrogate_logits: Any
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     weights = _pair(("network_weights", network_weights), ("surrogate_weights", surrogate_weights), ("k", "d"))
     logits = _pair(("network_logits", network_logits), ("surrogate_logits", surrogate_logits), ("q", "k"))
     k = weights[0].shape[0]
@@ -58,12 +157,7 @@ def surrogate_faithfulness(
         _check.fail("network_weights", f"{k} rows", "at least 2, one a class")
     if logits[0].shape[1] != k:
         _check.fail("network_logits", f"shape {logits[0].shape}", f"[q, {k}], a column for each row of the weights")
-    return Faithfulness(
-        weight_cosine=_row_cosine(*weights),
-        logit_correlation=_pearson(*logits),
-        matthews=_matthews(logits[0].argmax(axis=1), logits[1].argmax(axis=1), k),
-        kendall_tau=_kendall(*logits),
-    )
+    return weights, logits
 
 
 def _pair(
@@ -80,35 +174,67 @@ def _pair(
     return np.asarray(network[1], np.float64), np.asarray(surrogate[1], np.float64)
 
 
-def _row_cosine(a: np.ndarray, b: np.ndarray) -> float:
+def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """[k] of the rows; nan where one has no direction."""
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     defined = norms > 0.0
-    if not defined.any():
-        return float("nan")
-    return float(np.mean(np.sum(a * b, axis=1)[defined] / norms[defined]))
+    return np.where(defined, np.sum(a * b, axis=1) / np.where(defined, norms, 1.0), np.nan)
 
 
-def _pearson(a: np.ndarray, b: np.ndarray) -> float:
-    if np.ptp(a) == 0.0 or np.ptp(b) == 0.0:
-        return float("nan")
-    a, b = a - a.mean(), b - b.mean()
-    return float(np.sum(a * b) / (np.linalg.norm(a) * np.linalg.norm(b)))
+def _correlations(a: np.ndarray, b: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """[r] Pearson's correlations of all logits, each query as often as counts [r, q] say."""
+    # Without their means, so that little is lost in the differences of squares below.
+    x, y = a - a.mean(), b - b.mean()
+    sums = [(counts @ v.sum(axis=1)) / (counts.sum(axis=1) * a.shape[1]) for v in (x, y, x * x, y * y, x * y)]
+    mean_x, mean_y, xx, yy, xy = sums
+    spread_x, spread_y = xx - mean_x**2, yy - mean_y**2
+    # Equal values leave what rounding leaves.
+    known = (spread_x > 1e-14 * xx) & (spread_y > 1e-14 * yy) & (np.ptp(a) > 0.0) & (np.ptp(b) > 0.0)
+    scale = np.sqrt(np.where(known, spread_x * spread_y, 1.0))
+    return np.where(known, (xy - mean_x * mean_y) / scale, np.nan)
 
 
-def _matthews(a: np.ndarray, b: np.ndarray, k: int) -> float:
-    total, agree = float(a.size), float(np.count_nonzero(a == b))
-    in_a, in_b = np.bincount(a, minlength=k).astype(np.float64), np.bincount(b, minlength=k).astype(np.float64)
-    spread = (total**2 - in_a @ in_a) * (total**2 - in_b @ in_b)
-    if spread == 0.0:
-        return float("nan")
-    return float((agree * total - in_a @ in_b) / np.sqrt(spread))
+def _matthews(a: np.ndarray, b: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """[r] Matthews correlations of the predictions, each query as often as counts [r, q] say."""
+    first, second, k = a.argmax(axis=1), b.argmax(axis=1), a.shape[1]
+    total, agree = counts.sum(axis=1), counts @ (first == second)
+    in_a, in_b = counts @ np.eye(k)[first], counts @ np.eye(k)[second]
+    spread = (total**2 - (in_a**2).sum(axis=1)) * (total**2 - (in_b**2).sum(axis=1))
+    value = (agree * total - (in_a * in_b).sum(axis=1)) / np.sqrt(np.where(spread > 0.0, spread, 1.0))
+    return np.where(spread > 0.0, value, np.nan)
 
 
-def _kendall(a: np.ndarray, b: np.ndarray) -> float:
+def _taus(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """[q] Kendall's τ-b of each query's logits; nan where one side has no order."""
     # Loading scipy.stats takes longer than importing this package.
     from scipy.stats import kendalltau
 
     ordered = (np.ptp(a, axis=1) > 0.0) & (np.ptp(b, axis=1) > 0.0)
-    if not ordered.any():
-        return float("nan")
-    return float(np.mean([kendalltau(x, y).statistic for x, y in zip(a[ordered], b[ordered], strict=True)]))
+    found = np.full(len(a), np.nan)
+    found[ordered] = [kendalltau(x, y).statistic for x, y in zip(a[ordered], b[ordered], strict=True)]
+    return found
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(_means(values, np.ones((1, len(values))))[0])
+
+
+def _means(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """[r] means of the values that are known, each as often as counts [r, n] say."""
+    known = np.isfinite(values)
+    total = counts @ known
+    return np.where(total > 0, counts @ np.where(known, values, 0.0) / np.where(total > 0, total, 1.0), np.nan)
+
+
+def _draws(rng: np.random.Generator, resamples: int, size: int) -> np.ndarray:
+    """[r, n] how often each of n is drawn in n draws with replacement."""
+    return rng.multinomial(size, np.full(size, 1 / size), size=resamples).astype(np.float64)
+
+
+def _interval(value: float, draws: np.ndarray, defined: int, level: float) -> Interval:
+    known = draws[np.isfinite(draws)]
+    ends: Any = (np.nan, np.nan)
+    if known.size and np.isfinite(value):
+        ends = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
+    fields: tuple[Any, ...] = (value, float(ends[0]), float(ends[1]), defined)
+    return Interval(*fields)

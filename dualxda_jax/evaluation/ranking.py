@@ -47,7 +47,8 @@ def mislabeling_detection(self_influence: Any, corrupted: Any) -> MislabelCurve:
 
     Returns:
         The curve, its area, and the normalised area. With none corrupted all of it is nan; with all corrupted, where
-        every order is the best and the worst, `normalized` is.
+        every order is the best and the worst, `normalized` is. The values whose mean is `normalized`, one for each
+        corrupted sample, are `place_values`.
 
     Raises:
         ValueError: shapes that do not fit, `corrupted` not bool, no sample, NaN (inside a trace it gives nan instead).
@@ -55,6 +56,42 @@ def mislabeling_detection(self_influence: Any, corrupted: Any) -> MislabelCurve:
     Source: arXiv 2402.12118, mislabelling detection; with c corrupted the best area is (n − c + (c + 1)/2) / n, the
         worst (c + 1) / (2 n).
     """
+    _check_influence(self_influence, corrupted)
+    return _mislabel(floating(self_influence), jnp.asarray(corrupted))
+
+
+def place_values(self_influence: Any, corrupted: Any) -> np.ndarray:
+    """What each corrupted sample adds to the normalised area of `mislabeling_detection`: their mean is that area.
+
+    This metric has no queries; its interval is that of these values (`bootstrap`).
+
+    Args:
+        self_influence: [n] higher is more suspicious.
+        corrupted: [n] bool, which labels were changed.
+
+    Returns:
+        [c] float64, one for each corrupted sample in the order of the training set; the higher, the earlier it is
+        inspected. Equal ones at their average place. With none corrupted [0], with all corrupted nan.
+
+    Raises:
+        ValueError: as `mislabeling_detection`; traced arrays, since c has to be known.
+    """
+    _check_influence(self_influence, corrupted)
+    if _check.is_traced(self_influence, corrupted):
+        _check.fail("self_influence", "a traced array", "known: the number of values is that of the corrupted samples")
+    values, corrupted = np.asarray(floating(self_influence)), np.asarray(corrupted)
+    n, c = values.size, np.count_nonzero(corrupted)
+    if c == n:
+        return np.full(n, np.nan)
+    ordered = np.sort(-values)
+    first, last = np.searchsorted(ordered, -values, "left"), np.searchsorted(ordered, -values, "right")
+    place = (first + last + 1) / 2  # 1..n, the mean over equal ones
+    areas = (n - place[corrupted] + 1) / n
+    best, worst = (n - c + (c + 1) / 2) / n, (c + 1) / (2 * n)
+    return (areas - worst) / (best - worst)
+
+
+def _check_influence(self_influence: Any, corrupted: Any) -> None:
     _check.shape("self_influence", self_influence, ("n",))
     n = np.shape(self_influence)[0]
     if n == 0:
@@ -64,7 +101,6 @@ def mislabeling_detection(self_influence: Any, corrupted: Any) -> MislabelCurve:
         if bad:
             _check.fail("self_influence", f"{bad} NaN", "numbers")
     _bools("corrupted", corrupted, (n,))
-    return _mislabel(floating(self_influence), jnp.asarray(corrupted))
 
 
 def shortcut_detection(scores: Any, marked: Any, *, keep: Any, per_query: bool = False) -> Array:
@@ -117,7 +153,8 @@ def lds(scores: Any, subsets: Any, outputs: Any) -> Array:
         outputs: [m, q] of the networks retrained on them.
 
     Returns:
-        [q]; nan where the sums or the outputs are the same for all subsets.
+        [q]; nan where the sums or the outputs are the same for all subsets, or where infinite scores leave no sum.
+        Sums are those of float32 at least, whatever the scores' type.
 
     Raises:
         ValueError: shapes that do not fit, `subsets` not bool, a subset without members, fewer than 2 subsets, NaN.
@@ -193,6 +230,8 @@ def _average_precision(scores: Array, marked: Array) -> Array:
 
 @jax.jit
 def _lds(scores: Array, subsets: Array, outputs: Array) -> Array:
+    # Sums in a narrow type would tie, or overflow.
+    scores = scores.astype(jnp.float32) if jnp.finfo(scores.dtype).bits < 32 else scores
     sums = jnp.einsum("qn,mn->qm", scores, subsets.astype(scores.dtype), precision=lax.Precision.HIGHEST)
     return lax.map(lambda pair: _spearman(*pair), (sums, outputs.T), batch_size=_ROWS_AT_ONCE)
 

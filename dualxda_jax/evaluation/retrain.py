@@ -62,10 +62,11 @@ def many(
         The variables of `module`, each leaf with a leading m axis.
 
     Raises:
-        ValueError: shapes that do not fit, labels that are no integers, `subsets` not bool or one without members.
+        ValueError: shapes that do not fit, labels that are no integers or outside 0..k-1, `subsets` not bool or one
+            without members.
         FloatingPointError: a loss that is not finite, with the networks that have it.
     """
-    problem = _problem(key, module, images, labels, subsets, config)
+    problem = _problem(key, module, images, labels, subsets)
     mine = problem.keys, programs.rows(problem.keys, problem.subsets, config)
     mine, shared = programs.placed(sharding, mine, (problem.images, problem.labels))
     variables, losses = programs.train(module, config, programs.across_or_default(across), sharding, shared, mine)
@@ -119,7 +120,7 @@ def logits(
         FloatingPointError: a loss that is not finite; finished networks stay kept.
         OSError: the folder cannot be written.
     """
-    problem = _problem(key, module, images, labels, subsets, config)
+    problem = _problem(key, module, images, labels, subsets)
     if len(np.shape(queries)) != len(np.shape(images)) or np.shape(queries)[1:] != np.shape(images)[1:]:
         _check.fail("queries", f"shape {np.shape(queries)}", f"[q, ...] like images {np.shape(images)}")
     if not len(queries):
@@ -154,8 +155,7 @@ class _Problem(NamedTuple):
     subsets: np.ndarray
 
 
-def _problem(key: Array, module: Any, images: Any, labels: Any, subsets: Any, config: training.TrainConfig) -> _Problem:
-    del module, config
+def _problem(key: Array, module: Any, images: Any, labels: Any, subsets: Any) -> _Problem:
     if _check.is_traced(subsets):
         _check.fail("subsets", "a traced array", "known: which samples a network sees is decided outside of jit")
     subsets = np.asarray(subsets)
@@ -164,6 +164,7 @@ def _problem(key: Array, module: Any, images: Any, labels: Any, subsets: Any, co
     n = np.shape(images)[0]
     _check.shape("labels", labels, (n,))
     _check.integers("labels", labels)
+    training.check_labels(module, images[:1], labels)
     _check.shape("subsets", subsets, ("m", n))
     if subsets.dtype != np.bool_:
         _check.fail("subsets", f"dtype {subsets.dtype}", "bool")

@@ -102,6 +102,25 @@ def init(key: Array, module: nn.Module, example: Any, config: TrainConfig) -> Tr
     return TrainState(variables, opt_state, jnp.zeros((), jnp.int32), module, config)
 
 
+def check_labels(module: nn.Module, example: Any, labels: Any) -> None:
+    """Refuse labels that are no class of a network: its loss would be that of another class, or nan.
+
+    Args:
+        module: as for `init`.
+        example: as for `init`.
+        labels: [n] integers.
+
+    Raises:
+        ValueError: labels outside 0..k-1, for a module whose output is [b, k].
+    """
+
+    def logits(key: Array, x: Array) -> Any:
+        return module.apply(module.init(key, to_float(x)), to_float(x))
+
+    found: Any = jax.eval_shape(logits, jax.random.key(0), jnp.asarray(example))
+    _check.class_range("labels", labels, found.shape[-1])
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _init_variables(module: nn.Module, key: Array, example: Array) -> Any:
     return module.init(key, example)
@@ -178,7 +197,7 @@ def fit(
         TrainState; `variables` are the parameters that the adapters take.
 
     Raises:
-        ValueError: lengths that differ, no samples, labels that are not integers.
+        ValueError: lengths that differ, no samples, labels that are not integers or outside 0..k-1.
         StaleCheckpoint: `checkpoint_dir` holds a training of something else.
         FloatingPointError: the loss is not finite at the end of a pass.
     """
@@ -187,6 +206,7 @@ def fit(
     _check.shape("labels", labels, [len(images)])
     if not len(images):
         _check.fail("images", "no samples", "at least one")
+    check_labels(module, images[:1], labels)
     config = config_for(len(images)) if config is None else config
     labels = labels.astype(np.int32)
     init_key, shuffle_key = jax.random.split(key)

@@ -56,7 +56,8 @@ def trajectory(
         The trajectory.
 
     Raises:
-        ValueError: lengths that differ, no samples, labels that are no integers, `checkpoints` out of range.
+        ValueError: lengths that differ, no samples, labels that are no integers or outside 0..k-1, `checkpoints` out of
+            range.
         FloatingPointError: the loss is not finite.
     """
     images, labels = np.asarray(images), np.asarray(labels)
@@ -64,6 +65,7 @@ def trajectory(
     _check.shape("labels", labels, [len(images)])
     if not len(images):
         _check.fail("images", "no samples", "at least one")
+    training.check_labels(module, images[:1], labels)
     if not 1 <= checkpoints <= config.steps:
         _check.fail("checkpoints", checkpoints, f"in 1..{config.steps}, the steps")
     init_key, shuffle_key = jax.random.split(key)

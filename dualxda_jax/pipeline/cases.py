@@ -84,6 +84,39 @@ def choose(total: int, most: int | None) -> np.ndarray:
     return np.sort(np.random.default_rng(0).permutation(total)[:most])
 
 
+def check(name: str, dataset: data.Dataset, config: EvaluateConfig) -> None:
+    """Refuse what a case cannot be made of, before anything is computed.
+
+    Args:
+        name: one of METRICS_OF.
+        dataset: as read.
+        config: the sizes.
+
+    Raises:
+        ValueError: too few classes or training images for it, images too small for the mark.
+    """
+    k, n = len(dataset.class_names), _samples(name, dataset, config)
+    wanted = [m for m in METRICS_OF[name] if m in config.chosen_metrics] or METRICS_OF[name]
+    few = {"grouped": 4, "marked": SHORTCUT_CLASS + 1}.get(name, 2)
+    if k < few:
+        fail("data", f"{k} classes", f"{few} or more for the metric {wanted[0]!r}")
+    if n < 2:
+        fail("data", f"{n} training images", f"2 or more for the metric {wanted[0]!r}")
+    most = max(config.sizes.fractions, default=0.0)
+    if "pruning" in wanted and round(most * n) >= n:
+        fail("data", f"{n} training images", f"more for the metric 'pruning', which takes away {most:.0%} of them")
+    if name == "marked":
+        data.mark(dataset.test.images[:1])
+
+
+def _samples(name: str, dataset: data.Dataset, config: EvaluateConfig) -> int:
+    """How many training images a case has."""
+    total, sizes = len(dataset.train.labels), config.sizes
+    most = min(total, sizes.limit or total)
+    # The part depends on `limit` only where that is smaller: networks that were retrained serve a larger limit too.
+    return min(sizes.part or total, most) if name == "part" else most
+
+
 def make(name: str, dataset: data.Dataset, config: EvaluateConfig, seed: int) -> Case:
     """The data of a case.
 
@@ -94,15 +127,11 @@ def make(name: str, dataset: data.Dataset, config: EvaluateConfig, seed: int) ->
         seed: of what is planted.
 
     Raises:
-        ValueError: too few classes for it.
+        ValueError: as `check`.
     """
+    check(name, dataset, config)
     k, sizes = len(dataset.class_names), config.sizes
-    few = {"grouped": 4, "marked": SHORTCUT_CLASS + 1}.get(name, 2)
-    if k < few:
-        fail("data", f"{k} classes", f"{few} or more for the metric {METRICS_OF[name][0]!r}")
-    # The part depends on `limit` only where that is smaller: networks that were retrained serve a larger limit too.
-    most = min(sizes.part or len(dataset.train.labels), sizes.limit or len(dataset.train.labels))
-    rows = choose(len(dataset.train.labels), most if name == "part" else sizes.limit)
+    rows = choose(len(dataset.train.labels), _samples(name, dataset, config))
     images, labels = dataset.train.images[rows], dataset.train.labels[rows]
     test, planted, classes = dataset.test, None, k
     key = jax.random.fold_in(jax.random.key(seed), list(METRICS_OF).index(name))

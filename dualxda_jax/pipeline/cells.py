@@ -1,5 +1,6 @@
 """One cell of an evaluation: a method on a case, from the fit to the values of each query."""
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dualxda_jax import attribution, evaluation, models, svm
 from dualxda_jax._check import fail
@@ -21,9 +23,6 @@ from dualxda_jax.types import Array, Progress
 PLACES = 5
 CHUNK = 100
 CURVE = 201
-SPARSITY = (
-    "cost", "support", "nonzero", "class", "weight_cosine", "logit_correlation", "matthews", "kendall_tau", "gap",
-)  # fmt: skip
 COSTS = (1e-9, 1e-7, 1e-5, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
@@ -52,7 +51,7 @@ def explain(
         of.
 
     Raises:
-        MethodFailed: what the method refuses, with its name and the case.
+        MethodFailed: what the method refuses or has no memory for, with its name and the case.
     """
     method, context, case = entry.make(), trained.context, trained.case
     cell: dict[str, Any] = {"values": {}, "cost": [], "importance": np.zeros(0), "curve": np.zeros(0), "remarks": []}
@@ -71,6 +70,10 @@ def explain(
                     cell["cost"] = list(cost)
         except (ValueError, FloatingPointError) as error:
             raise MethodFailed(f"{entry.name} on {case.name} data: {' '.join(str(error).split())}") from error
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise MethodFailed(f"{entry.name} on {case.name} data: the device's memory is not enough") from error
     cell["remarks"] = sorted({str(w.message) for w in heard if issubclass(w.category, UserWarning)})
     return cell
 
@@ -79,7 +82,7 @@ def _mislabelling(cell: dict[str, Any], self_influence: np.ndarray, corrupted: A
     bad = np.count_nonzero(~np.isfinite(self_influence))
     if bad:
         fail("self_influence", f"{bad} NaN or Inf", "finite")
-    cell["values"]["mislabel"] = benchmark.place_values(self_influence, corrupted)
+    cell["values"]["mislabel"] = evaluation.place_values(self_influence, corrupted)
     curve = np.asarray(evaluation.mislabeling_detection(self_influence, corrupted).curve)
     cell["curve"] = np.interp(np.linspace(0, 1, CURVE), np.arange(len(curve) + 1) / len(curve), [0.0, *curve])
 
@@ -194,8 +197,16 @@ def _retrain(
         key, module_of(config.network, case.num_classes), case.train.images, case.train.labels, subsets,
         trained.queries if case.train.images.dtype != np.uint8 else np.rint(trained.queries * 255).astype(np.uint8),
         config=training.TrainConfig(steps=config.sizes.steps, batch_size=config.sizes.batch), folder=folder,
-        progress=progress,
+        sharding=_over_devices(), progress=progress,
     )  # fmt: skip
+
+
+def _over_devices() -> NamedSharding | None:
+    """The networks spread over this process's accelerators, if it has several; on CPUs threads share the cores."""
+    devices = jax.local_devices()
+    if jax.default_backend() == "cpu" or len(devices) == 1:
+        return None
+    return NamedSharding(Mesh(np.array(devices), ("networks",)), PartitionSpec("networks"))
 
 
 def _log_probability(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -207,7 +218,13 @@ def _log_probability(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def sparsity(trained: Trained, progress: Progress) -> dict[str, np.ndarray]:
-    """Over a path of costs: support vectors and non-zero coefficients, faithfulness and class detection of DualDA."""
+    """Over a path of costs: support vectors and non-zero coefficients, faithfulness and class detection of DualDA.
+
+    Returns:
+        [c] each: "cost", "support", "nonzero", "gap"; "class" and the measures of `evaluation.Faithfulness`, and with
+        "_low" and "_high" behind their names the ends of their intervals over the queries (of the weights: over the
+        classes).
+    """
     context = trained.context
     train, test = (features(context, jnp.asarray(x), 256) for x in (context.inputs, trained.queries))
     model = models.from_linen(module_of(trained.network, trained.case.num_classes), head=models.HEAD)
@@ -220,27 +237,18 @@ def sparsity(trained: Trained, progress: Progress) -> dict[str, np.ndarray]:
             solution = svm.solve(train, context.labels, num_classes=context.num_classes, cost=cost)
         support = attribution.compress(train, context.labels, solution)
         scores = attribution.dense(support, attribution.scores(support, test, jnp.asarray(trained.targets)))
-        faithful = evaluation.surrogate_faithfulness(
-            weights, solution.weights, network, np.asarray(attribution.logits(support, test))
-        )
+        logits = np.asarray(attribution.logits(support, test))
+        # The same queries are drawn for every cost: what differs along the path is the cost.
+        key = jax.random.key(0)
+        faithful = evaluation.faithfulness_intervals(weights, solution.weights, network, logits, key)
         detection = evaluation.class_detection(
-            scores, context.labels, trained.targets, k=min(PLACES, len(context.labels))
+            scores, context.labels, trained.targets, k=min(PLACES, len(context.labels)), per_query=True
         )
         nonzero = np.asarray(solution.coefficients) != 0
-        rows.append(
-            [cost, nonzero.any(1).mean(), nonzero.mean(), float(detection), faithful.weight_cosine,
-             faithful.logit_correlation, faithful.matthews, faithful.kendall_tau, float(solution.info.gap)]
-        )  # fmt: skip
+        row = {"cost": cost, "support": nonzero.any(1).mean(), "nonzero": nonzero.mean(), "gap": solution.info.gap}
+        measures = {f.name: getattr(faithful, f.name) for f in dataclasses.fields(faithful)}
+        for name, interval in {"class": evaluation.bootstrap(detection, key), **measures}.items():
+            row |= {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+        rows.append({name: float(value) for name, value in row.items()})
         progress(done + 1, len(COSTS))
-    names = (
-        "cost",
-        "support",
-        "nonzero",
-        "class",
-        "weight_cosine",
-        "logit_correlation",
-        "matthews",
-        "kendall_tau",
-        "gap",
-    )
-    return dict(zip(names, np.asarray(rows, np.float64).T, strict=True))
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}

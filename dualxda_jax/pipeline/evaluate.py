@@ -35,7 +35,8 @@ def evaluate(config: EvaluateConfig, *, track: store.Track | None = None, overal
         Path of the page.
 
     Raises:
-        ValueError: data that cannot be read, results of another version in `out`, another run at work there.
+        ValueError: data that cannot be read or are too small for a metric, results of another version in `out`, another
+            run at work there; what an earlier run left is kept then.
         OSError: the folder cannot be made.
     """
     report.need_libraries()
@@ -47,12 +48,14 @@ def _evaluate(config: EvaluateConfig, track: store.Track, overall: Progress) -> 
     target = config.out / "results.json"
     if target.exists():
         results.load(target)  # refuses what another version wrote
-        # Numbers of an earlier run must not stand beside the stages of an unfinished one.
-        target.unlink()
-    (config.out / "index.html").unlink(missing_ok=True)
     start = time.perf_counter()
     dataset = data.embedded_sample() if config.data is None else data.load_folder(config.data)
     names = [name for name in cases.METRICS_OF if set(cases.METRICS_OF[name]) & set(config.chosen_metrics)]
+    for name in names:
+        cases.check(name, dataset, config)
+    # Nothing of an earlier run may stand beside the stages of an unfinished one; and a mistake takes nothing away.
+    target.unlink(missing_ok=True)
+    report.remove_evaluation(config.out)
     runs = [_Seed(config, dataset, seed, names, track) for seed in range(config.seeds)]
     total, done = sum(run.stages for run in runs), 0
 
@@ -70,7 +73,10 @@ def _evaluate(config: EvaluateConfig, track: store.Track, overall: Progress) -> 
         **table,
         "dataset": dataset.name,
         "options": _options(config, dataset),
-        "sizes": found[0].sizes,
+        "sizes": {
+            name: {**size, "queries_per_seed": [f.sizes[name]["queries"] for f in found]}
+            for name, size in found[0].sizes.items()
+        },
         "accuracy": {name: [f.accuracy[name] for f in found] for name in names},
         "seconds": round(time.perf_counter() - start, 1),
         "reused": sum(stage.note == "reused" for stage in log),
@@ -84,10 +90,12 @@ def _evaluate(config: EvaluateConfig, track: store.Track, overall: Progress) -> 
 
 
 DEFINITIONS = {
-    "prepare": "seconds of one call of fit, from the trained network and its training set to all that scores need, "
-    f"compilation left out (counted where a first call takes over {benchmark.LONG:.0f} s), arrays ready on the device",
-    "explain": "seconds of the calls of scores for all queries, from their images to all scores, blocks of "
-    f"{cells.CHUNK} queries, compilation left out, arrays ready on the device",
+    "prepare": "seconds by the clock of one call of fit, from the trained network and its training set to all that "
+    f"scores need, compilation left out (counted where a first call takes over {benchmark.LONG:.0f} s), arrays ready "
+    "on the device",
+    "explain": "seconds by the clock of the calls of scores for all queries, from their images to all scores, blocks "
+    f"of {cells.CHUNK} queries (one that is not full is counted by its share), compilation left out, arrays ready on "
+    "the device",
     "kept": "bytes of the arrays that fit returns, network and training set not counted",
     "interval": "95% percentile bootstrap over the queries (mislabelling: over the mislabelled samples), "
     "averaged over the seeds; spread: standard deviation over the seeds",

@@ -60,7 +60,12 @@ def assemble(
             for name in ("coreset", "pruning")
             if name in metrics
         },
-        "sparsity": {name: _mean([s[name] for s in sparsity]) for name in sparsity[0]} if sparsity else {},
+        # A seed that an earlier version computed has no intervals.
+        "sparsity": {
+            name: _mean([s[name] for s in sparsity])
+            for name in (sparsity[0] if sparsity else ())
+            if all(name in s for s in sparsity)
+        },
     }  # fmt: skip
 
 

@@ -4,8 +4,19 @@ Needs the extra `report` (Matplotlib, Jinja2) when it draws, not when it is impo
 """
 
 from dualxda_jax.report.content import Pair, Query, Report, Stage, Suspect
-from dualxda_jax.report.evaluation import write_evaluation
+from dualxda_jax.report.evaluation import remove_evaluation, write_evaluation
 from dualxda_jax.report.figures import query_figure
 from dualxda_jax.report.page import need_libraries, write
 
-__all__ = ["Pair", "Query", "Report", "Stage", "Suspect", "need_libraries", "query_figure", "write", "write_evaluation"]
+__all__ = [
+    "Pair",
+    "Query",
+    "Report",
+    "Stage",
+    "Suspect",
+    "need_libraries",
+    "query_figure",
+    "remove_evaluation",
+    "write",
+    "write_evaluation",
+]

@@ -79,8 +79,8 @@ def curves_figure(results: dict[str, Any]) -> Figure | None:
     """Share of the mislabelled samples found against the share inspected."""
     if not results["curves"]:
         return None
-    look = styles(results["methods"])
-    with _figure(760, 430) as (figure, png):
+    look, height = styles(results["methods"]), _high_enough(430, len(results["curves"]))
+    with _figure(760, height) as (figure, png):
         axes = _axes(figure, (0.085, 0.135, 0.60, 0.83))
         for name, curve in results["curves"].items():
             style = look[name]
@@ -98,7 +98,7 @@ def curves_figure(results: dict[str, Any]) -> Figure | None:
         axes.set_ylabel("mislabelled samples found", fontsize=10, color=INK)
         _percent(axes)
         _legend(figure, axes)
-        return Figure(png(), 760, 430)
+        return Figure(png(), 760, height)
 
 
 def selection_figure(results: dict[str, Any]) -> Figure | None:
@@ -107,7 +107,8 @@ def selection_figure(results: dict[str, Any]) -> Figure | None:
     if not kinds:
         return None
     look, width = styles(results["methods"]), 980 if len(kinds) == 2 else 700
-    with _figure(width, 400) as (figure, png):
+    height = _high_enough(400, max(len(results["selection"][kind]) for kind in kinds))
+    with _figure(width, height) as (figure, png):
         span = 0.325 if len(kinds) == 2 else 0.65
         for i, kind in enumerate(kinds):
             axes = _axes(figure, (0.055 + i * 0.385 if len(kinds) == 2 else 0.09, 0.14, span, 0.76))
@@ -128,7 +129,7 @@ def selection_figure(results: dict[str, Any]) -> Figure | None:
             if i == 0:
                 axes.set_ylabel("cross-entropy (logarithmic)", fontsize=10, color=INK)
         _legend(figure, axes)
-        return Figure(png(), width, 400)
+        return Figure(png(), width, height)
 
 
 def lds_figure(results: dict[str, Any], *, columns: int = 4) -> Figure | None:
@@ -161,7 +162,7 @@ def sparsity_figure(results: dict[str, Any]) -> Figure | None:
     if not path:
         return None
     with _figure(980, 380) as (figure, png):
-        left, right = _axes(figure, (0.06, 0.15, 0.35, 0.75)), _axes(figure, (0.48, 0.15, 0.33, 0.75))
+        left, right = _axes(figure, (0.06, 0.15, 0.345, 0.75)), _axes(figure, (0.465, 0.15, 0.325, 0.75))
         for name, words, colour, line in (
             ("support", "support vectors", _OURS[0], "-"),
             ("nonzero", "non-zero coefficients", _OTHERS[0], "--"),
@@ -173,7 +174,9 @@ def sparsity_figure(results: dict[str, Any]) -> Figure | None:
         left.yaxis.set_major_formatter(_share)
         for i, (name, words) in enumerate(_AGREEMENT):
             colour = (_OURS[0], *_OTHERS)[i]
-            values = [np.nan if v is None else v for v in path[name]]
+            values, low, high = (_known(path.get(name + end)) for end in ("", "_low", "_high"))
+            if low is not None and high is not None:
+                right.fill_between(path["cost"], low, high, color=colour, alpha=0.12, linewidth=0)
             right.plot(
                 path["cost"],
                 values,
@@ -189,6 +192,11 @@ def sparsity_figure(results: dict[str, Any]) -> Figure | None:
             axes.set_xscale("log")
             axes.set_xlabel("C (logarithmic)", fontsize=10, color=INK)
         return Figure(png(), 980, 380)
+
+
+def _known(values: Sequence[float | None] | None) -> list[float] | None:
+    """Numbers to draw, nan where there is none."""
+    return None if values is None else [np.nan if v is None else v for v in values]
 
 
 def _label_points(axes: Any, points: Sequence[tuple[float, float, str, str]]) -> None:
@@ -252,6 +260,11 @@ def _plain(value: float, _: Any = None) -> str:
 def _percent(axes: Any) -> None:
     axes.xaxis.set_major_formatter(_share)
     axes.yaxis.set_major_formatter(_share)
+
+
+def _high_enough(height: int, names: int) -> int:
+    """Pixels that a figure needs for a legend of so many names; no less than `height`."""
+    return max(height, round((19 * names + 12) / 0.9))
 
 
 def _legend(figure: Any, axes: Any) -> None:

@@ -17,6 +17,7 @@ _SETTINGS = {
     "noisy": ("data with 30% of the labels flipped", ("mislabel",)),
     "part": ("a part, to be retrained on", ("lds", "coreset", "pruning")),
 }
+_RUNTIME = "runtime.png"
 _FIGURES = (
     ("selection.png", charts.selection_figure, "Coreset selection and data pruning",
      "Mean cross-entropy, against the original network's predictions, of networks retrained on the samples that a "
@@ -29,7 +30,8 @@ _FIGURES = (
      "seed start from the same parameters, so that they differ by their halves alone."),
     ("sparsity.png", charts.sparsity_figure, "DualDA: which C",
      "Left: how many training samples, and coefficients, have any say. Right: how closely the surrogate follows the "
-     "network, and how often the top samples carry the predicted class, each over the same queries."),
+     "network, and how often the top samples carry the predicted class, each over the same queries; shaded: 95% "
+     "bootstrap intervals over the queries (of the weights: over the classes)."),
 )  # fmt: skip
 
 
@@ -50,7 +52,7 @@ def write_evaluation(folder: str | os.PathLike[str], results: dict[str, Any]) ->
     need_libraries()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    drawn: dict[str, Figure | None] = {"runtime.png": charts.runtime_figure(results)}
+    drawn: dict[str, Figure | None] = {_RUNTIME: charts.runtime_figure(results)}
     drawn |= {name: draw(results) for name, draw, _, _ in _FIGURES}
     for name, figure in drawn.items():
         if figure is None:
@@ -61,6 +63,12 @@ def write_evaluation(folder: str | os.PathLike[str], results: dict[str, Any]) ->
     partial.write_text(_html(results, drawn), encoding="utf-8")
     partial.replace(page)
     return page
+
+
+def remove_evaluation(folder: str | os.PathLike[str]) -> None:
+    """Remove what `write_evaluation` has written to a folder, if it has."""
+    for name in ("index.html", _RUNTIME, *(name for name, *_ in _FIGURES)):
+        (Path(folder) / name).unlink(missing_ok=True)
 
 
 def _html(results: dict[str, Any], drawn: dict[str, Figure | None]) -> str:
@@ -86,7 +94,7 @@ def _html(results: dict[str, Any], drawn: dict[str, Figure | None]) -> str:
         cold=any("*" in c["prepare"] for c in costs),
         queries=f"{timed['queries']:,}",
         samples=f"{timed['training']:,}",
-        runtime=embedded(drawn["runtime.png"]),
+        runtime=embedded(drawn[_RUNTIME]),
         figures=figures,
         seeds=seeds,
         sizes=_sizes(results),
@@ -116,15 +124,13 @@ def _rows(results: dict[str, Any]) -> list[dict[str, Any]]:
                 words = "—" if found is None else "failed" if name in row["failed"] else "undefined"
                 cells.append({"mean": words, "interval": "", "rank": _place(row["ranks"].get(name)), "first": False})
                 continue
-            interval = f"{number(found['low'])} … {number(found['high'])}"
-            if found["spread"] is not None:
-                interval += f", ±{number(found['spread'])}"
+            spread = "" if found["spread"] is None else f"±{number(found['spread'])}"
             first = not row["control"] and found["mean"] == best[name]
             cells.append(
                 {
                     "mean": number(found["mean"]),
-                    "interval": interval,
-                    "rank": _place(row["ranks"].get(name)),
+                    "interval": f"{number(found['low'])} … {number(found['high'])}",
+                    "rank": " ".join(filter(None, (spread, _place(row["ranks"].get(name))))),
                     "first": first,
                 }
             )
@@ -163,7 +169,7 @@ def _costs(results: dict[str, Any]) -> list[dict[str, str]]:
                 "explain": seconds(cost["explain_seconds"]),
                 "factor": f"{factor:,.2g}" if factor < 100 else f"{factor:,.0f}",
                 "against": base["name"],
-                "kept": f"{cost['kept_bytes'] / 1e6:,.1f}",
+                "kept": megabytes(cost["kept_bytes"]),
             }
         )
     return found
@@ -174,6 +180,13 @@ def seconds(value: float) -> str:
     if value < 1e-3:
         return "< 0.001"
     return f"{value:,.0f}" if value >= 10 else f"{value:#.2g}" if value >= 0.01 else f"{value:.3f}"
+
+
+def megabytes(count: float) -> str:
+    """Millions of bytes with one decimal; what would be 0.0 with one significant digit."""
+    if 0 < count < 5e4:
+        return f"{count / 1e6:.1g}" if count >= 1e3 else "< 0.001"
+    return f"{count / 1e6:,.1f}"
 
 
 def _sizes(results: dict[str, Any]) -> list[dict[str, str]]:
@@ -187,11 +200,17 @@ def _sizes(results: dict[str, Any]) -> list[dict[str, str]]:
                 "says": says,
                 "metrics": ", ".join(titles[m] for m in metrics if m in titles),
                 "training": f"{size['training']:,}",
-                "queries": "—" if name == "noisy" else f"{size['queries']:,}",
+                "queries": "—" if name == "noisy" else _queries(size),
                 "accuracy": " / ".join(f"{a:.1%}" for a in accuracy),
             }
         )
     return rows
+
+
+def _queries(size: dict[str, Any]) -> str:
+    """How many; of each seed where they differ, as the number of those that a mark misleads does."""
+    each = size.get("queries_per_seed") or [size["queries"]]
+    return " / ".join(f"{q:,}" for q in (each if len(set(each)) > 1 else each[:1]))
 
 
 def _measured(results: dict[str, Any]) -> str:
@@ -225,7 +244,20 @@ def _notes(results: dict[str, Any]) -> list[tuple[str, str]]:
                 notes.append((row["name"], f"left out of {results['metrics'][metric]['title'].lower()}: {why}"))
         notes += [(row["name"], f"failed, so last in place: {why}") for why in sorted(set(row["failed"].values()))]
         notes += [(row["name"], remark) for remark in row["remarks"]]
+        notes += [(row["name"], words) for words in _undefined(row, results["metrics"])]
     return notes
+
+
+def _undefined(row: dict[str, Any], metrics: dict[str, Any]) -> list[str]:
+    """What a mean in the table leaves out."""
+    said = []
+    for name, found in row["values"].items():
+        left, of = (sum(seed[key] for seed in found["per_seed"]) for key in ("defined", "values"))
+        if left < of:
+            said.append(
+                f"{metrics[name]['title']} has no value for {of - left:,} of {of:,} queries, which its mean leaves out"
+            )
+    return said
 
 
 def _words(row: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from dualxda_jax import baselines
-from dualxda_jax.evaluation import benchmark, mislabeling_detection
+from dualxda_jax.evaluation import benchmark
 
 
 def linear(params, x):
@@ -52,15 +52,6 @@ def test_a_score_that_is_not_finite_names_the_method_and_the_query(context):
     fitted = method.fit(jax.random.key(0), context)
     with pytest.raises(ValueError, match=r"scores of similarity: got NaN or Inf for query 1"):
         list(benchmark.score_blocks(broken, fitted, np.zeros((2, 4)), np.zeros(2, int)))
-
-
-def test_place_values_average_to_the_normalised_area(rng):
-    values = rng.integers(0, 6, 40).astype(np.float32)  # with ties
-    corrupted = rng.random(40) < 0.3
-    area = mislabeling_detection(values, corrupted).normalized
-    assert np.mean(benchmark.place_values(values, corrupted)) == pytest.approx(float(area), rel=1e-5)
-    with pytest.raises(ValueError, match="corrupted: got 0 of 40"):
-        benchmark.place_values(values, np.zeros(40, bool))
 
 
 def test_ranks_against_scipy_and_by_hand(rng):

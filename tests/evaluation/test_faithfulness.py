@@ -6,7 +6,12 @@ import pytest
 from scipy import stats
 from sklearn.metrics import matthews_corrcoef
 
-from dualxda_jax.evaluation import Faithfulness, surrogate_faithfulness
+from dualxda_jax.evaluation import (
+    Faithfulness,
+    faithfulness_intervals,
+    faithfulness_per_query,
+    surrogate_faithfulness,
+)
 
 
 @pytest.fixture
@@ -74,6 +79,68 @@ def test_predictions_of_one_class_leave_matthews_without_a_value(case):
 def test_is_a_pytree():
     measures = Faithfulness(0.1, 0.2, 0.3, 0.4)
     assert jax.tree.map(lambda value: 2 * value, measures) == Faithfulness(0.2, 0.4, 0.6, 0.8)
+
+
+def test_values_per_query_and_per_class(case):
+    _, surrogate, a, b = case
+    surrogate[2], b[7] = 0.0, 1.5
+    whole, each = surrogate_faithfulness(*case), faithfulness_per_query(*case)
+    assert each.weight_cosine.shape == (5,) and all(
+        v.shape == (40,) for v in (each.logit_correlation, each.matthews, each.kendall_tau)
+    )
+    assert np.nanmean(each.weight_cosine) == pytest.approx(whole.weight_cosine, rel=1e-12)
+    assert np.nanmean(each.kendall_tau) == pytest.approx(whole.kendall_tau, rel=1e-12)
+    np.testing.assert_array_equal(each.matthews, a.argmax(1) == b.argmax(1))
+    expected = [np.nan if i == 7 else stats.pearsonr(a[i], b[i]).statistic for i in range(40)]
+    np.testing.assert_allclose(each.logit_correlation, expected, rtol=1e-10)
+    assert np.isnan(each.weight_cosine[2]) and np.isnan(each.kendall_tau[7])
+
+
+def test_intervals_against_scipy(case):
+    _, _, a, b = case
+    got = faithfulness_intervals(*case, jax.random.key(0), resamples=3000)
+
+    def theirs(statistic, size=40):
+        bounds = stats.bootstrap(
+            (np.arange(size),), statistic, n_resamples=3000, method="percentile", vectorized=False, random_state=0
+        )
+        return bounds.confidence_interval
+
+    each = faithfulness_per_query(*case)
+    for name, statistic, size in (
+        ("weight_cosine", lambda rows: np.mean(each.weight_cosine[rows]), 5),
+        ("logit_correlation", lambda rows: stats.pearsonr(a[rows].ravel(), b[rows].ravel()).statistic, 40),
+        ("matthews", lambda rows: matthews_corrcoef(a[rows].argmax(1), b[rows].argmax(1)), 40),
+        ("kendall_tau", lambda rows: np.mean(each.kendall_tau[rows]), 40),
+    ):
+        interval, expected = getattr(got, name), theirs(statistic, size)
+        # Two draws of 3,000 resamples differ by about this in an end of the interval.
+        noise = 0.05 * (expected.high - expected.low)
+        assert interval.low == pytest.approx(expected.low, abs=noise), name
+        assert interval.high == pytest.approx(expected.high, abs=noise), name
+        assert interval.mean == pytest.approx(getattr(surrogate_faithfulness(*case), name), rel=1e-12)
+        assert interval.defined == size
+
+
+def test_intervals_of_a_perfect_surrogate_and_of_what_has_no_value(case):
+    network, _, a, _ = case
+    perfect = faithfulness_intervals(network, 2 * network, a, 2 * a, jax.random.key(0), resamples=50)
+    for interval in (getattr(perfect, f.name) for f in dataclasses.fields(perfect)):
+        np.testing.assert_allclose([interval.mean, interval.low, interval.high], 1.0, rtol=1e-12)
+    none = faithfulness_intervals(network, 0 * network, a, 0 * a, jax.random.key(0), resamples=50)
+    for interval in (getattr(none, f.name) for f in dataclasses.fields(none)):
+        assert np.isnan([interval.mean, interval.low, interval.high]).all()
+    assert none.weight_cosine.defined == none.kendall_tau.defined == 0
+    one = faithfulness_intervals(network, network, a[:1], a[:1], jax.random.key(0), resamples=50)
+    assert one.kendall_tau.low == one.kendall_tau.high == pytest.approx(1.0) and np.isnan(one.matthews.low)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("key", {"key": 0}), ("resamples", {"resamples": 0}), ("level", {"level": 1.0})]
+)
+def test_bad_options_of_intervals_are_named(case, name, options):
+    with pytest.raises(ValueError, match=f"^{name}: got"):
+        faithfulness_intervals(*case, **{"key": jax.random.key(0), **options})
 
 
 @pytest.mark.parametrize(

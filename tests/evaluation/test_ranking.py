@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import average_precision_score
 
-from dualxda_jax.evaluation import lds, mislabeling_detection, shortcut_detection
+from dualxda_jax.evaluation import lds, mislabeling_detection, place_values, shortcut_detection
 
 
 def test_mislabelling_by_hand():
@@ -45,6 +45,22 @@ def test_mislabelling_none_or_all():
     every = mislabeling_detection(np.arange(4.0), np.ones(4, bool))
     np.testing.assert_allclose(every.curve, [0.25, 0.5, 0.75, 1.0])
     assert np.isnan(every.normalized)
+
+
+def test_place_values_average_to_the_normalised_area(rng):
+    values = rng.integers(0, 6, 40).astype(np.float32)  # with ties
+    corrupted = rng.random(40) < 0.3
+    found = place_values(values, corrupted)
+    assert found.shape == (corrupted.sum(),)
+    assert np.mean(found) == pytest.approx(float(mislabeling_detection(values, corrupted).normalized), rel=1e-5)
+    # Integers, which hold no -1 of their own to be ordered by.
+    np.testing.assert_allclose(place_values(values.astype(np.uint8), corrupted), found)
+
+
+def test_place_values_of_none_and_all_and_equal_ones():
+    assert place_values(np.arange(4.0), np.zeros(4, bool)).shape == (0,)
+    assert np.isnan(place_values(np.arange(4.0), np.ones(4, bool))).all()
+    np.testing.assert_allclose(place_values(np.zeros(4), np.array([True, False, True, False])), 0.5)
 
 
 @pytest.mark.parametrize("q", [1, 15, 16, 17])
@@ -91,6 +107,15 @@ def test_lds_against_scipy_with_ties(rng):
     np.testing.assert_allclose(lds(scores, subsets, outputs), expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_lds_of_narrow_scores_sums_in_float32(rng, dtype):
+    # Sums of bfloat16 would have three digits, and those of float16 would be infinite.
+    scores = jnp.asarray(400 + 40 * rng.normal(size=(3, 2000)), dtype)
+    subsets, outputs = rng.random((30, 2000)) < 0.5, rng.normal(size=(30, 3)).astype(np.float32)
+    wide = lds(np.asarray(scores, np.float32), subsets, outputs)
+    np.testing.assert_allclose(lds(scores, subsets, outputs), wide, atol=1e-6)
+
+
 def test_lds_of_constant_scores_is_nan(rng):
     subsets = np.array([[1, 0], [0, 1]], bool)
     got = lds(np.array([[0.0, 0.0], [1.0, 2.0]]), subsets, np.array([[1.0, 2.0], [2.0, 1.0]]))
@@ -114,6 +139,10 @@ def test_nan_inside_a_trace_stays_nan():
         (lambda: mislabeling_detection(np.array([1.0, np.nan]), np.zeros(2, bool)), "self_influence"),
         (lambda: mislabeling_detection(np.zeros(2), np.zeros(3, bool)), "corrupted"),
         (lambda: mislabeling_detection(np.zeros(2), np.array([0, 1])), "corrupted"),
+        (lambda: place_values(np.zeros((2, 2)), np.zeros(2, bool)), "self_influence"),
+        (lambda: place_values(np.array([1.0, np.nan]), np.zeros(2, bool)), "self_influence"),
+        (lambda: place_values(np.zeros(3), np.array([0, 1, 0])), "corrupted"),
+        (lambda: jax.jit(place_values)(np.zeros(2), np.ones(2, bool)), "self_influence"),
         (lambda: shortcut_detection(np.full((1, 2), np.nan), np.ones(2, bool), keep=np.ones(1, bool)), "scores"),
         (lambda: shortcut_detection(np.zeros((1, 2)), np.ones(3, bool), keep=np.ones(1, bool)), "marked"),
         (lambda: shortcut_detection(np.zeros((1, 2)), np.ones(2, bool), keep=np.array([0])), "keep"),

@@ -171,6 +171,8 @@ def test_the_same_shapes_compile_once():
         ("images", {"images": np.zeros((0, 4, 4, 1), np.uint8)}),
         ("labels", {"labels": np.zeros(40)}),
         ("labels", {"labels": np.zeros(39, int)}),
+        ("labels", {"labels": np.full(40, 3)}),
+        ("labels", {"labels": np.arange(40) % 3 - 1}),
         ("subsets", {"subsets": np.ones((2, 40))}),
         ("subsets", {"subsets": np.ones((2, 39), bool)}),
         ("subsets", {"subsets": np.zeros((2, 40), bool)}),

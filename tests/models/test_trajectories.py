@@ -51,6 +51,7 @@ def test_the_module_may_be_replaced_by_an_equal_function(images):
         ("images", {"images": np.zeros((0, 2, 2, 1)), "labels": np.zeros(0, int)}),
         ("labels", {"labels": np.zeros(20)}),
         ("labels", {"labels": np.zeros(3, int)}),
+        ("labels", {"labels": np.full(20, -1)}),
         ("checkpoints", {"checkpoints": 0}),
         ("checkpoints", {"checkpoints": 10}),
     ],
