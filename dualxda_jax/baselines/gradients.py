@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dualxda_jax import _check
-from dualxda_jax.baselines import taps
+from dualxda_jax.baselines import placement, taps
 from dualxda_jax.baselines.protocol import Logits, Loss
 from dualxda_jax.baselines.rows import Rows, dense
 from dualxda_jax.baselines.select import Selection
@@ -102,6 +102,16 @@ def map_chunks(fn: Callable[..., Any], arrays: tuple[Array, ...], chunk: int, *,
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(-1, *a.shape[2:])[:n], stacked)
 
 
+def spread(chunk: int) -> int:
+    """The chunk for training samples: rounded up to a multiple of the devices, over which these may lie.
+
+    With fewer the compiler cuts a result into parts that jax 0.8 has no name for, and devices would idle. Queries are
+    not rounded: every device may hold all of them.
+    """
+    devices = placement.devices()
+    return -(-chunk // devices) * devices
+
+
 def map_forward(fn: Callable[..., Any], x: Array, chunk: int) -> Any:
     """`map_chunks` for a pass through a network without derivatives: fn maps [c, ...] to a pytree of [c, ...].
 
@@ -110,7 +120,7 @@ def map_forward(fn: Callable[..., Any], x: Array, chunk: int) -> Any:
     """
 
     def run(x: Array, chunk: int, unroll: int) -> Any:
-        return map_chunks(fn, (x,), chunk, unroll=unroll)
+        return map_chunks(fn, (x,), spread(chunk), unroll=unroll)
 
     on_cpu = functools.partial(run, chunk=min(chunk, _CPU_CHUNK), unroll=2)
     return jax.lax.platform_dependent(x, cpu=on_cpu, default=functools.partial(run, chunk=chunk, unroll=1))

@@ -141,7 +141,8 @@ class Method:
     """An attribution method; what `baselines.<name>(...)` returns.
 
     In all of them a higher score means that the sample speaks for the target. Training inputs and labels may be sharded
-    over a mesh, with Auto or Explicit axes; what comes of them lies over Auto axes.
+    over a mesh, with Auto or Explicit axes; what comes of them lies over Auto axes, and chunks of them are rounded up
+    to a multiple of the devices.
 
     Attributes:
         name: short, unique among the methods, as "trak".

@@ -213,7 +213,7 @@ def _fit(config: Config, numbers: dict[str, Array], key: Array, context: Context
     vectors = jnp.matmul(within[:, order].T, basis, precision=_HIGHEST)
     vectors = jnp.where(kept[:, None], vectors, 0.0)
     inverses = jnp.where(kept, 1.0 / jnp.where(kept, shifted[order], 1.0), 0.0)
-    return Fitted(context, vectors, inverses, hvp.along(context, config, vectors, context.inputs, context.labels))
+    return Fitted(context, vectors, inverses, hvp.against_training(context, config, vectors).T)
 
 
 @functools.partial(jax.jit, static_argnums=0)

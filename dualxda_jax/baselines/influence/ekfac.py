@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from dualxda_jax import _check
-from dualxda_jax.baselines.gradients import map_chunks
+from dualxda_jax.baselines.gradients import map_chunks, spread
 from dualxda_jax.baselines.influence import checks, curvature, hvp, layers
 from dualxda_jax.baselines.influence.curvature import State
 from dualxda_jax.baselines.influence.layers import Layers
@@ -247,7 +247,7 @@ def _scores(config: Compiled, damping: Array | None, fitted: Fitted, x: Array, t
                 total += _products(bases[layer.name], query, a, delta)
             return total
 
-        return map_chunks(some_samples, (context.inputs, context.labels), config.chunk).T
+        return map_chunks(some_samples, (context.inputs, context.labels), spread(config.chunk)).T
 
     return map_chunks(some_queries, (x, targets), max(1, _QUERY_BUDGET // size))
 
@@ -296,4 +296,4 @@ def _self_influence(config: Compiled, damping: Array | None, fitted: Fitted) -> 
             total += jnp.einsum("bio,bio,io->b", gradient, gradient, inverses[layer.name], precision=_HIGHEST)
         return total
 
-    return map_chunks(some_samples, (context.inputs, context.labels), config.chunk)
+    return map_chunks(some_samples, (context.inputs, context.labels), spread(config.chunk))

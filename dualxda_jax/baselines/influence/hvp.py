@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from dualxda_jax.baselines import rows
-from dualxda_jax.baselines.gradients import fold_chunks, map_chunks, per_sample
+from dualxda_jax.baselines.gradients import fold_chunks, map_chunks, per_sample, spread
 from dualxda_jax.baselines.protocol import Context
 from dualxda_jax.baselines.select import Filter, Selection, select
 from dualxda_jax.types import Array
@@ -162,7 +162,7 @@ def gradient_sums(context: Context, config: Config) -> Array:
         leaves = (leaf.astype(rows.accumulator(found)) for leaf in jax.tree.leaves(found))
         return sum(leaf.reshape(leaf.shape[0], -1).sum(axis=1) for leaf in leaves)
 
-    return map_chunks(some, (context.inputs, context.labels), config.chunk)
+    return map_chunks(some, (context.inputs, context.labels), spread(config.chunk))
 
 
 def along(context: Context, config: Config, vectors: Array, x: Array, labels: Array) -> Array:
@@ -179,6 +179,7 @@ def along(context: Context, config: Config, vectors: Array, x: Array, labels: Ar
 
 def against_training(context: Context, config: Config, vectors: Array) -> Array:
     """[m, n] inner products of vectors [m, p] with the gradients of the training samples."""
+    config = dataclasses.replace(config, chunk=spread(config.chunk))
     return along(context, config, vectors, context.inputs, context.labels).T
 
 
