@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from dualxda_jax import _check
 from dualxda_jax.baselines.influence import checks, hvp, solved
 from dualxda_jax.baselines.protocol import Method
 from dualxda_jax.baselines.select import Filter
+from dualxda_jax.baselines.settings import dtype_name
 from dualxda_jax.types import Array
 
 
@@ -34,6 +35,7 @@ def influence_cg(
     max_iterations: int = 200,
     chunk: int = 512,
     vectors: int = 32,
+    dtype: Any = None,
 ) -> Method:
     """Influence functions that solve (H + λ) s = g by conjugate gradients for every query.
 
@@ -51,6 +53,7 @@ def influence_cg(
         chunk: samples at a time in a product with H.
         vectors: queries that are solved for at a time; each takes memory for four vectors of parameters. For
             `self_influence` over a mesh, rounded up to a multiple of the devices.
+        dtype: as in `influence_explicit`.
 
     Returns:
         Method "influence_cg"; outside of a trace it warns (`NotConvergedWarning`) of solves that missed the tolerance.
@@ -65,7 +68,7 @@ def influence_cg(
     checks.positive("tolerance", tolerance)
     for name, value in (("max_iterations", max_iterations), ("chunk", chunk), ("vectors", vectors)):
         checks.positive_integer(name, value)
-    config = Config(params, hessian, chunk, vectors, max_iterations)
+    config = Config(params, hessian, chunk, vectors, max_iterations, dtype=dtype_name(dtype))
     numbers = {"damping": damping, "tolerance": tolerance}
     return solved.method("influence_cg", config, numbers, solve, _report)
 

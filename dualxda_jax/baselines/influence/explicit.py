@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from dualxda_jax.baselines.gradients import map_chunks, spread
 from dualxda_jax.baselines.influence import checks, hvp
 from dualxda_jax.baselines.protocol import Context, Method, check_queries
 from dualxda_jax.baselines.select import Filter
+from dualxda_jax.baselines.settings import dtype_name
 from dualxda_jax.types import Array
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -38,6 +40,7 @@ def influence_explicit(
     hessian: str = "exact",
     max_parameters: int = 20_000,
     chunk: int = 512,
+    dtype: Any = None,
 ) -> Method:
     """Influence functions with the damped Hessian written out: the truth that the approximations are measured by.
 
@@ -51,6 +54,9 @@ def influence_explicit(
         hessian: "exact", or "ggn" for the Gauss-Newton matrix, which is never indefinite for cross-entropy.
         max_parameters: how many parameters to accept; memory is their square.
         chunk: samples at a time.
+        dtype: what training gradients, and the vectors (H + λ)⁻¹ g that they are multiplied with, are rounded to in
+            `scores`, as "bfloat16"; products accumulate in float32 or wider. Gradients of queries, the Hessian and
+            self-influence are not rounded. By default nothing is.
 
     Returns:
         Method "influence_explicit".
@@ -64,7 +70,7 @@ def influence_explicit(
     checks.one_of("hessian", hessian, hvp.HESSIANS)
     checks.positive_integer("max_parameters", max_parameters)
     checks.positive_integer("chunk", chunk)
-    config = hvp.Config(params, hessian, chunk, _COLUMNS)
+    config = hvp.Config(params, hessian, chunk, _COLUMNS, dtype=dtype_name(dtype))
 
     def fit(key: Array, context: Context) -> Fitted:
         p = hvp.size(context, config)
