@@ -215,6 +215,34 @@ def test_influence_functions_in_bfloat16(name, options, tiny):
     np.testing.assert_allclose(own[1], own[0], rtol=0, atol=(0.01 if name == "arnoldi" else 1e-6) * own[0].max())
 
 
+@pytest.mark.parametrize("name", sorted(baselines.METHODS))
+def test_a_network_in_bfloat16_has_scores_in_float32(name):
+    rng = np.random.default_rng(0)
+    params = {"a": {"kernel": rng.normal(size=(4, 5))}, "b": {"kernel": rng.normal(size=(5, 3))}}
+    x, labels = rng.normal(size=(33, 4)), np.arange(33) % 3
+    hidden = lambda params, x: jnp.tanh(x @ params["a"]["kernel"])  # noqa: E731
+    logits = lambda params, x: hidden(params, x) @ params["b"]["kernel"]  # noqa: E731
+    options = {
+        "influence_arnoldi": {"rank": 5, "krylov": 10, "tolerance": 1e-3, "hessian": "ggn"},
+        "influence_cg": {"damping": 0.1},
+        "influence_ekfac": {"damping": 0.1, "fisher": "ggn"},
+        "influence_explicit": {"damping": 0.1, "hessian": "ggn"},
+        "influence_lissa": {"damping": 0.1, "scale": 20.0, "depth": 20, "repeats": 1, "hessian": "ggn"},
+        "trak": {"regularization": 1.0},
+    }
+    method = baselines.METHODS[name](**options.get(name, {}))
+    scores = []
+    for dtype in (jnp.bfloat16, jnp.float32):
+        # The same numbers in both.
+        held, inputs = jax.tree.map(lambda a, to=dtype: jnp.asarray(a, jnp.bfloat16).astype(to), (params, x))
+        context = baselines.context(logits, held, inputs[:30], labels[:30], num_classes=3, features=hidden, head="b")
+        fit = method.fit(jax.random.key(0), context)
+        scores.append(np.asarray(method.scores(fit, inputs[30:], labels[30:])))
+        assert scores[-1].dtype == method.self_influence(fit).dtype == np.float32
+    cosine = (scores[0] * scores[1]).sum(1) / np.linalg.norm(scores[0], axis=1) / np.linalg.norm(scores[1], axis=1)
+    assert cosine.min() > 0.999
+
+
 @pytest.mark.parametrize("name", ["graddot", "trak", "representer"])
 def test_a_sample_that_is_not_finite_is_named(name, tiny):
     context, *_ = tiny
