@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -94,13 +95,25 @@ def solve(config: Config, numbers: solved.Numbers, fitted: solved.Fitted, target
     Returns:
         [m, p] solutions and [m] how each ended: 0 out of iterations, 1 converged, 2 negative curvature.
     """
-    goal = numbers["tolerance"] ** 2 * _norms(targets)
+
+    def multiply(vectors: Array) -> Array:
+        return hvp.product(fitted.context, config, numbers["damping"], vectors)
+
+    # So that derivatives are those of a solution, by another solve, and not of the loop.
+    return jax.lax.custom_linear_solve(
+        multiply, targets, lambda multiply, targets: _iterate(config, numbers["tolerance"], multiply, targets),
+        symmetric=True, has_aux=True,
+    )  # fmt: skip
+
+
+def _iterate(config: Config, tolerance: Any, multiply: Callable[[Array], Array], targets: Array) -> tuple[Array, Array]:
+    goal = tolerance**2 * _norms(targets)
 
     def running(state: _State) -> Array:
         return (state.iteration < config.max_iterations) & (state.status == 0).any()
 
     def step(state: _State) -> _State:
-        product = hvp.product(fitted.context, config, numbers["damping"], state.direction)
+        product = multiply(state.direction)
         curvature = jnp.sum(state.direction * product, axis=1)
         positive = curvature > 0
         active = (state.status == 0) & positive

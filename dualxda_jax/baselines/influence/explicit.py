@@ -105,7 +105,12 @@ def _damped(config: hvp.Config, damping: Array, context: Context) -> Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _invert(config: hvp.Config, damping: Array, context: Context) -> Array:
-    matrix = _damped(config, damping, context)
+    return _inverse(_damped(config, damping, context))
+
+
+@jax.custom_jvp
+def _inverse(matrix: Array) -> Array:
+    """Of a symmetric matrix; the pseudo-inverse where it is singular up to rounding."""
     rounding = float(jnp.finfo(matrix.dtype).eps) * len(matrix)
     factor = jnp.linalg.cholesky(matrix)
     pivots = jnp.square(jnp.diagonal(factor))
@@ -124,6 +129,14 @@ def _invert(config: hvp.Config, damping: Array, context: Context) -> Array:
         return jnp.matmul(vectors * inverses[None, :], vectors.T, precision=_HIGHEST)
 
     return jax.lax.cond(definite, by_cholesky, by_eigenvalues, matrix, factor)
+
+
+@_inverse.defjvp
+def _inverse_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    """−M⁻¹ dM M⁻¹: eigenvectors of equal eigenvalues, as those without curvature, have no derivative."""
+    inverse = _inverse(*primals)
+    moved = jnp.matmul(tangents[0], inverse, precision=_HIGHEST)
+    return inverse, -jnp.matmul(inverse, moved, precision=_HIGHEST)
 
 
 @functools.partial(jax.jit, static_argnums=0)
