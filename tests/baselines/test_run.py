@@ -261,6 +261,11 @@ def test_a_query_that_is_not_finite_is_named(fitted, tiny):
     fit = similarity.fit(jax.random.key(0), tiny[0])
     with pytest.raises(ValueError, match="scores: got NaN or Inf for query 4"):
         baselines.scores_to(similarity, fit, broken, targets, chunk=2)
+    with pytest.raises(ValueError, match="scores: got NaN or Inf for query 4"):
+        baselines.top_k(similarity, fit, broken.at[4].set(jnp.nan), targets, k=2, chunk=2)
+    fit = fitted[1]
+    with pytest.raises(ValueError, match=r"at 1 of 2 samples \(first: 0\).* \(in the chunk of queries from 4\)"):
+        baselines.scores_to(method, fit, broken, targets, chunk=2)
     with pytest.raises(ValueError, match=r"out: got 'x\.bin'"):
         baselines.scores_to(method, fit, queries, targets, "x.bin")
     with pytest.raises(ValueError, match="k: got 97"):
