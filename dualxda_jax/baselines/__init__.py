@@ -4,8 +4,8 @@
     fitted = trak.fit(key, baselines.context(logits, params, inputs, labels, num_classes=10))
     scores = trak.scores(fitted, x, targets)  # [q, n], higher: the sample speaks for the target
 
-`graddot`, `gradcos`, `tracin` and `trak` take gradients in bfloat16 where asked (`dtype=`); all else is in float32 or
-float64.
+The methods on gradients and the influence functions multiply gradients in bfloat16 where asked (`dtype=`); all else is
+in float32 or float64.
 `fit_resumable`, `scores_to` and `top_k` run any of them on many samples; `METHODS` lists them all by name.
 """
 

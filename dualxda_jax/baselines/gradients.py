@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dualxda_jax import _check
-from dualxda_jax.baselines import taps
+from dualxda_jax.baselines import placement, taps
 from dualxda_jax.baselines.protocol import Logits, Loss
-from dualxda_jax.baselines.rows import Rows, dense
+from dualxda_jax.baselines.rows import Rows, dense, wide
 from dualxda_jax.baselines.select import Selection
 from dualxda_jax.types import Array, Params
 
@@ -102,15 +102,28 @@ def map_chunks(fn: Callable[..., Any], arrays: tuple[Array, ...], chunk: int, *,
     return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(-1, *a.shape[2:])[:n], stacked)
 
 
+def spread(chunk: int) -> int:
+    """The chunk for training samples: rounded up to a multiple of the devices, over which these may lie.
+
+    With fewer the compiler cuts a result into parts that jax 0.8 has no name for, and devices would idle. Queries are
+    not rounded: every device may hold all of them.
+    """
+    devices = placement.devices()
+    return -(-chunk // devices) * devices
+
+
 def map_forward(fn: Callable[..., Any], x: Array, chunk: int) -> Any:
     """`map_chunks` for a pass through a network without derivatives: fn maps [c, ...] to a pytree of [c, ...].
+
+    What comes out is in float32 or wider: products of features are to accumulate in that.
 
     On CPUs two chunks of at most 64 samples run side by side. XLA's convolutions with few channels use one core each
     there, and the paper's CNN takes four fifths of the time of chunks of 256 on two cores.
     """
 
     def run(x: Array, chunk: int, unroll: int) -> Any:
-        return map_chunks(fn, (x,), chunk, unroll=unroll)
+        found = map_chunks(fn, (x,), spread(chunk), unroll=unroll)
+        return jax.tree.map(lambda a: a.astype(wide(a.dtype)), found)
 
     on_cpu = functools.partial(run, chunk=min(chunk, _CPU_CHUNK), unroll=2)
     return jax.lax.platform_dependent(x, cpu=on_cpu, default=functools.partial(run, chunk=chunk, unroll=1))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from dualxda_jax import _check
 from dualxda_jax.baselines.protocol import Context, Method, check_queries, context
+from dualxda_jax.baselines.rows import wide
 from dualxda_jax.baselines.select import select
 from dualxda_jax.baselines.similarity import features
 from dualxda_jax.types import Array, Params
@@ -72,7 +73,7 @@ def head_context(whole: Context, *, chunk: int = 256) -> Context:
     if whole.head is None:
         _check.fail("context.head", None, "the path of the final layer")
     chosen, _ = select(whole.params, "head", head=whole.head).split(whole.params)
-    head = {name.rsplit("/", 1)[-1]: leaf for name, leaf in chosen.items()}
+    head = {name.rsplit("/", 1)[-1]: leaf.astype(wide(leaf.dtype)) for name, leaf in chosen.items()}
     if not {"kernel"} <= set(head) <= {"kernel", "bias"} or len(head) != len(chosen) or head["kernel"].ndim != 2:
         _check.fail("context.head", f"a layer of {', '.join(sorted(chosen))}", "a kernel [d, k], perhaps with a bias")
     return context(

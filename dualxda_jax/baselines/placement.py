@@ -1,10 +1,11 @@
-"""Arrays over Explicit mesh axes: the methods leave it to the compiler to place what they compute."""
+"""Arrays over a mesh: the methods leave it to the compiler to place what they compute, and know how many devices."""
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from dualxda_jax import _check
@@ -15,6 +16,7 @@ def automatic(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Nothing is moved, and what comes back lies over Auto axes. Per-sample gradients, chunks and projections reshape and
     gather along the samples, for which Explicit axes would ask to be told in every line where the result shall lie.
+    While the function runs, the mesh of its arrays is the one that is set, so that `devices` knows it.
 
     Raises:
         ValueError: in a trace, where an array's place is a part of its type.
@@ -22,7 +24,7 @@ def automatic(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        mesh = _explicit_mesh((args, kwargs))
+        mesh = _mesh((args, kwargs))
         if mesh is None:
             return function(*args, **kwargs)
         args, kwargs = jax.tree.map(functools.partial(_moved, mesh), (args, kwargs))
@@ -32,7 +34,14 @@ def automatic(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _explicit_mesh(tree: Any) -> Mesh | None:
+def devices() -> int:
+    """Over how many devices the samples may lie: those of the mesh that is set, which traced functions see too."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.size
+
+
+def _mesh(tree: Any) -> Mesh | None:
+    """The mesh to run over, or None to leave the one that is set."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
     for leaf in leaves:
         if _check.is_traced(leaf):
@@ -42,12 +51,15 @@ def _explicit_mesh(tree: Any) -> Mesh | None:
                 _check.fail("an array", was, "over Auto axes, or given outside of jit")
         elif isinstance(leaf.sharding, NamedSharding) and _is_explicit(leaf.sharding.mesh):
             return leaf.sharding.mesh  # type: ignore[return-value]
-    if any(map(_check.is_traced, leaves)) or not _is_explicit(jax.sharding.get_abstract_mesh()):
+    # In a trace, which makes tracers of constants too, no mesh can be set.
+    if any(map(_check.is_traced, [*leaves, jnp.zeros(())])):
         return None
-    # Arrays over Auto axes, or on one device, where the caller has set a mesh with Explicit ones.
     placed = [leaf.sharding.mesh for leaf in leaves if isinstance(leaf.sharding, NamedSharding)]
     if placed:
         return placed[0]  # type: ignore[return-value]
+    # Arrays on one device, where the caller has set a mesh with Explicit axes.
+    if not _is_explicit(jax.sharding.get_abstract_mesh()):
+        return None
     get_mesh = getattr(jax.sharding, "get_mesh", None)  # not in jax 0.8
     return get_mesh() if get_mesh is not None else None
 

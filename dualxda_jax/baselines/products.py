@@ -165,7 +165,7 @@ def _compute_part(config: Config, context: Context, params: Any, key: Array) -> 
         found = one(x, labels)
         return {"norms": rows.squared_norms(found), "rows": found if keep else None}
 
-    return gradients.map_chunks(both, (context.inputs, context.labels), chunk)
+    return gradients.map_chunks(both, (context.inputs, context.labels), gradients.spread(chunk))
 
 
 def _scores(config: Config, fitted: Fitted, x: Array, targets: Array) -> Array:
@@ -199,7 +199,8 @@ def _against(one: Any, query: Any, kept: Any, context: Context, chunk: int) -> A
     """[q, n] products with the kept gradients, or with gradients that are computed anew chunk by chunk."""
     if kept is not None:
         return rows.dot(query, kept)
-    return gradients.map_chunks(lambda x, y: rows.dot(one(x, y), query), (context.inputs, context.labels), chunk).T
+    samples = context.inputs, context.labels
+    return gradients.map_chunks(lambda x, y: rows.dot(one(x, y), query), samples, gradients.spread(chunk)).T
 
 
 def _inverse_root(squares: Array) -> Array:

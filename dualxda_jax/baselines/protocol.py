@@ -13,6 +13,7 @@ import numpy as np
 
 from dualxda_jax import _check
 from dualxda_jax.baselines.placement import automatic
+from dualxda_jax.baselines.rows import wide
 from dualxda_jax.types import Array, FeatureFn, Params
 
 Logits = Callable[[Params, Array], Array]
@@ -32,7 +33,8 @@ def cross_entropy(logits: Array, label: Array) -> Array:
 
 
 def margin(logits: Array, label: Array) -> Array:
-    """log(p / (1 − p)) of the label's probability p: its logit less the log-sum-exp of the others."""
+    """log(p / (1 − p)) of the label's probability p, in float32 or wider: its logit less the others' log-sum-exp."""
+    logits = logits.astype(wide(logits.dtype))
     others = jnp.where(jnp.arange(logits.shape[0], dtype=jnp.result_type(label)) == label, -jnp.inf, logits)
     return logits[label] - jax.nn.logsumexp(others)
 
@@ -141,7 +143,8 @@ class Method:
     """An attribution method; what `baselines.<name>(...)` returns.
 
     In all of them a higher score means that the sample speaks for the target. Training inputs and labels may be sharded
-    over a mesh, with Auto or Explicit axes; what comes of them lies over Auto axes.
+    over a mesh, with Auto or Explicit axes; what comes of them lies over Auto axes, and chunks of them are rounded up
+    to a multiple of the devices.
 
     Attributes:
         name: short, unique among the methods, as "trak".

@@ -12,7 +12,7 @@ from jax import lax
 from dualxda_jax import _check
 from dualxda_jax.baselines.gradients import check_finite, map_forward
 from dualxda_jax.baselines.protocol import Context, Method, check_queries
-from dualxda_jax.baselines.rows import products
+from dualxda_jax.baselines.rows import products, wide
 from dualxda_jax.baselines.similarity import check_features, features
 from dualxda_jax.types import Array
 
@@ -119,7 +119,8 @@ def _points_and_targets(targets: str, chunk: int, context: Context) -> tuple[Arr
     def both(x: Array) -> tuple[Array, Array]:
         # In one program, so that the network's layers are computed once.
         points = context.features(context.params, x)  # type: ignore[misc]
-        return points, jax.nn.softmax(context.logits(context.params, x), axis=-1)
+        logits = context.logits(context.params, x)
+        return points, jax.nn.softmax(logits.astype(wide(logits.dtype)), axis=-1)
 
     if targets == "labels":
         wanted = jax.nn.one_hot(context.labels, context.num_classes, dtype=jnp.float32)

@@ -6,6 +6,7 @@ Sums over parameters are taken entry by entry: the [b, p] matrix of all gradient
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,8 +60,12 @@ def nbytes(rows: Rows) -> int:
 
 def accumulator(rows: Rows) -> jnp.dtype:
     """float32, or float64 where any entry is."""
-    wide = any(a.dtype == jnp.float64 for a in jax.tree.leaves(rows))
-    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+    return wide(*(a.dtype for a in jax.tree.leaves(rows)))
+
+
+def wide(*dtypes: Any) -> jnp.dtype:
+    """float32, or float64 where any of the dtypes is."""
+    return jnp.dtype(jnp.float64 if any(d == jnp.float64 for d in dtypes) else jnp.float32)
 
 
 def dot(left: Rows, right: Rows) -> Array:

@@ -133,14 +133,18 @@ def top_k(method: Method, fitted: Any, x: Any, targets: Any, *, k: int, largest:
     """
     if not (isinstance(k, int | np.integer) and k >= 1):
         _check.fail("k", k, "an integer, 1 or more")
-    parts = [_best(block, int(k), largest) for _, block in _blocks(method.scores, fitted, x, targets, chunk)]
+    parts = [_best(start, block, int(k), largest) for start, block in _blocks(method.scores, fitted, x, targets, chunk)]
     return TopK(*(jnp.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
-def _best(block: Array, k: int, largest: bool) -> tuple[Array, Array]:
+def _best(start: int, block: Array, k: int, largest: bool) -> tuple[Array, Array]:
     if k > block.shape[1]:
         _check.fail("k", k, f"an integer in 1..{block.shape[1]} (the number of training samples)")
     values, index = _top(block if largest else -block, k)
+    # NaN ranks above all others.
+    bad = np.flatnonzero(~np.isfinite(np.asarray(values[:, 0]).astype(np.float32)))
+    if bad.size:
+        _check.fail("scores", f"NaN or Inf for query {start + int(bad[0])}", "finite")
     return (values if largest else -values), index
 
 
@@ -163,7 +167,14 @@ def _blocks(scores: Callable[..., Any], fitted: Any, x: Any, targets: Any, chunk
         rows = [np.asarray(a[start : start + size]) for a in (x, targets)]
         missing = size - len(rows[0])
         filled = [np.concatenate([a, np.repeat(a[-1:], missing, axis=0)]) if missing else a for a in rows]
-        yield start, scores(fitted, jnp.asarray(filled[0]), jnp.asarray(filled[1]))[: size - missing]
+        try:
+            found = scores(fitted, jnp.asarray(filled[0]), jnp.asarray(filled[1]))
+        except ValueError as error:
+            if not start:
+                raise
+            # A method counts the queries that it is given.
+            raise ValueError(f"{error} (in the chunk of queries from {start})") from error
+        yield start, found[: size - missing]
 
 
 def _load(path: Path, made_by: str) -> Any:

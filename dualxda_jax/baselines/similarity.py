@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from dualxda_jax import _check
 from dualxda_jax.baselines.gradients import check_finite, map_forward
 from dualxda_jax.baselines.protocol import Context, Method, check_queries
-from dualxda_jax.baselines.rows import products
+from dualxda_jax.baselines.rows import products, wide
 from dualxda_jax.types import Array
 
 SPACES = ("features", "inputs")
@@ -97,7 +97,7 @@ def _features(feature_fn: Any, params: Any, x: Array, chunk: int) -> Array:
 def _points(config: Config, context: Context, x: Array) -> Array:
     if config.space == "features":
         return features(context, x, config.chunk)
-    return jnp.asarray(x).reshape(x.shape[0], -1).astype(jnp.result_type(jnp.float32, x.dtype))
+    return jnp.asarray(x).reshape(x.shape[0], -1).astype(wide(x.dtype))
 
 
 def _fit(config: Config, key: Array, context: Context) -> Fitted:

@@ -4,9 +4,8 @@ All give gᵀ (H + λ)⁻¹ g_i and differ in how they come by the inverse: `inf
 `influence_cg` solves a linear system for every query, `influence_lissa` sums a stochastic series, `influence_arnoldi`
 keeps the dominant eigenvectors, `influence_ekfac` factors the Gauss-Newton matrix layer by layer.
 
-Gradients are taken in the parameters' dtype, float32 or wider; `dtype="bfloat16"`, which GradDot, GradCos, TracIn and
-TRAK offer, is not offered here. The inverse would magnify its rounding (2⁻⁸) by up to the Hessian's largest eigenvalue
-over λ.
+`dtype="bfloat16"` rounds what `scores` multiplies, (H + λ)⁻¹ g and g_i, and nothing before the inverse: rounding g, or
+the curvature, would be magnified by up to the Hessian's largest eigenvalue over λ.
 """
 
 from dualxda_jax.baselines.influence.arnoldi import influence_arnoldi

@@ -13,6 +13,7 @@ from dualxda_jax import _check
 from dualxda_jax.baselines.influence import checks, hvp
 from dualxda_jax.baselines.protocol import Context, Method, check_queries
 from dualxda_jax.baselines.select import Filter
+from dualxda_jax.baselines.settings import dtype_name
 from dualxda_jax.types import Array
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -57,6 +58,7 @@ def influence_arnoldi(
     inverse_tolerance: float = 1e-4,
     hessian: str = "exact",
     chunk: int = 512,
+    dtype: Any = None,
 ) -> Method:
     """Influence functions in the space of the dominant eigenvectors of the Hessian, found by Arnoldi's iteration.
 
@@ -78,6 +80,8 @@ def influence_arnoldi(
         inverse_tolerance: regularised eigenvalues up to this are left out, negative ones with them.
         hessian: "exact", or "ggn" for the Gauss-Newton matrix, which is never indefinite for cross-entropy.
         chunk: samples at a time.
+        dtype: what gradients, and the directions along which they are taken, are rounded to, as "bfloat16"; products
+            accumulate in float32 or wider. The iteration itself is not rounded. By default nothing is.
 
     Returns:
         Method "influence_arnoldi".
@@ -97,7 +101,7 @@ def influence_arnoldi(
             checks.positive_integer(name, number)
     if rank is not None and rank > (krylov or _KRYLOV):
         _check.fail("rank", rank, f"at most krylov={krylov or _KRYLOV}")
-    config = Config(params, hessian, chunk, 1, 0, 0, samples)
+    config = Config(params, hessian, chunk, 1, 0, 0, samples, dtype=dtype_name(dtype))
     numbers = {"tolerance": tolerance, "regularization": regularization, "inverse_tolerance": inverse_tolerance}
 
     def fit(key: Array, context: Context) -> Fitted:
@@ -213,7 +217,7 @@ def _fit(config: Config, numbers: dict[str, Array], key: Array, context: Context
     vectors = jnp.matmul(within[:, order].T, basis, precision=_HIGHEST)
     vectors = jnp.where(kept[:, None], vectors, 0.0)
     inverses = jnp.where(kept, 1.0 / jnp.where(kept, shifted[order], 1.0), 0.0)
-    return Fitted(context, vectors, inverses, hvp.along(context, config, vectors, context.inputs, context.labels))
+    return Fitted(context, vectors, inverses, hvp.against_training(context, config, vectors).T)
 
 
 @functools.partial(jax.jit, static_argnums=0)

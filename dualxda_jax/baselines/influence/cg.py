@@ -2,7 +2,8 @@
 
 import dataclasses
 import warnings
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from dualxda_jax import _check
 from dualxda_jax.baselines.influence import checks, hvp, solved
 from dualxda_jax.baselines.protocol import Method
 from dualxda_jax.baselines.select import Filter
+from dualxda_jax.baselines.settings import dtype_name
 from dualxda_jax.types import Array
 
 
@@ -34,6 +36,7 @@ def influence_cg(
     max_iterations: int = 200,
     chunk: int = 512,
     vectors: int = 32,
+    dtype: Any = None,
 ) -> Method:
     """Influence functions that solve (H + λ) s = g by conjugate gradients for every query.
 
@@ -51,6 +54,7 @@ def influence_cg(
         chunk: samples at a time in a product with H.
         vectors: queries that are solved for at a time; each takes memory for four vectors of parameters. For
             `self_influence` over a mesh, rounded up to a multiple of the devices.
+        dtype: as in `influence_explicit`.
 
     Returns:
         Method "influence_cg"; outside of a trace it warns (`NotConvergedWarning`) of solves that missed the tolerance.
@@ -65,7 +69,7 @@ def influence_cg(
     checks.positive("tolerance", tolerance)
     for name, value in (("max_iterations", max_iterations), ("chunk", chunk), ("vectors", vectors)):
         checks.positive_integer(name, value)
-    config = Config(params, hessian, chunk, vectors, max_iterations)
+    config = Config(params, hessian, chunk, vectors, max_iterations, dtype=dtype_name(dtype))
     numbers = {"damping": damping, "tolerance": tolerance}
     return solved.method("influence_cg", config, numbers, solve, _report)
 
@@ -91,13 +95,25 @@ def solve(config: Config, numbers: solved.Numbers, fitted: solved.Fitted, target
     Returns:
         [m, p] solutions and [m] how each ended: 0 out of iterations, 1 converged, 2 negative curvature.
     """
-    goal = numbers["tolerance"] ** 2 * _norms(targets)
+
+    def multiply(vectors: Array) -> Array:
+        return hvp.product(fitted.context, config, numbers["damping"], vectors)
+
+    # So that derivatives are those of a solution, by another solve, and not of the loop.
+    return jax.lax.custom_linear_solve(
+        multiply, targets, lambda multiply, targets: _iterate(config, numbers["tolerance"], multiply, targets),
+        symmetric=True, has_aux=True,
+    )  # fmt: skip
+
+
+def _iterate(config: Config, tolerance: Any, multiply: Callable[[Array], Array], targets: Array) -> tuple[Array, Array]:
+    goal = tolerance**2 * _norms(targets)
 
     def running(state: _State) -> Array:
         return (state.iteration < config.max_iterations) & (state.status == 0).any()
 
     def step(state: _State) -> _State:
-        product = hvp.product(fitted.context, config, numbers["damping"], state.direction)
+        product = multiply(state.direction)
         curvature = jnp.sum(state.direction * product, axis=1)
         positive = curvature > 0
         active = (state.status == 0) & positive

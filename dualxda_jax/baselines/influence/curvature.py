@@ -13,6 +13,7 @@ from dualxda_jax.baselines.gradients import fold_chunks
 from dualxda_jax.baselines.influence import layers
 from dualxda_jax.baselines.influence.layers import Layers
 from dualxda_jax.baselines.protocol import Loss
+from dualxda_jax.baselines.rows import wide
 from dualxda_jax.types import Array, Params
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -40,8 +41,8 @@ def gauss_newton(loss: Loss) -> Sources:
     """Columns of a root of the loss's Hessian in the logits; negative curvature counts as none."""
 
     def sources(logits: Array, label: Array, key: Array) -> Array:
-        values, vectors = jnp.linalg.eigh(jax.hessian(loss)(logits, label))
-        return (vectors * jnp.sqrt(jnp.maximum(values, 0.0))[None, :]).T
+        values, vectors = jnp.linalg.eigh(jax.hessian(loss)(logits.astype(wide(logits.dtype)), label))
+        return (vectors * jnp.sqrt(jnp.maximum(values, 0.0))[None, :]).T.astype(logits.dtype)
 
     return sources
 

@@ -21,12 +21,13 @@ import jax
 import jax.numpy as jnp
 
 from dualxda_jax import _check
-from dualxda_jax.baselines.gradients import map_chunks
+from dualxda_jax.baselines.gradients import map_chunks, spread
 from dualxda_jax.baselines.influence import checks, curvature, hvp, layers
 from dualxda_jax.baselines.influence.curvature import State
 from dualxda_jax.baselines.influence.layers import Layers
 from dualxda_jax.baselines.protocol import Context, Method, Stages, check_queries, staged
 from dualxda_jax.baselines.select import Filter, select
+from dualxda_jax.baselines.settings import dtype_name
 from dualxda_jax.types import Array
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -44,6 +45,7 @@ class Compiled:
     params: Filter
     fisher: str
     chunk: int
+    dtype: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +81,7 @@ def influence_ekfac(
     kfac: bool = False,
     max_samples: int = 100_000,
     chunk: int = 128,
+    dtype: Any = None,
 ) -> Method:
     """Influence functions by EK-FAC, over dense and convolution layers of any network.
 
@@ -98,6 +101,9 @@ def influence_ekfac(
         kfac: plain K-FAC, without the correction of the eigenvalues.
         max_samples: how many training samples the curvature is taken over, drawn at random if there are more.
         chunk: samples at a time.
+        dtype: what training gradients and preconditioned gradients of queries, both in the eigenbasis, are rounded to
+            in `scores`, as "bfloat16"; products accumulate in float32 or wider. The curvature and self-influence are
+            not rounded. By default nothing is.
 
     Returns:
         Method "influence_ekfac", or "influence_kfac".
@@ -110,7 +116,7 @@ def influence_ekfac(
     checks.one_of("fisher", fisher, tuple(curvature.SOURCES))
     checks.positive_integer("max_samples", max_samples)
     checks.positive_integer("chunk", chunk)
-    config = Config(Compiled(params, fisher, chunk), damping, kfac, max_samples)
+    config = Config(Compiled(params, fisher, chunk, dtype_name(dtype)), damping, kfac, max_samples)
 
     def scores(fitted: Fitted, x: Array, targets: Array) -> Array:
         targets = check_queries(fitted.context, x, targets)
@@ -232,22 +238,22 @@ def _gradients(context: Context, found: Layers, x: Array, labels: Array) -> list
 def _scores(config: Compiled, damping: Array | None, fitted: Fitted, x: Array, targets: Array) -> Array:
     context, bases = fitted.context, fitted.bases
     found = _find(context, config.params)
-    size = sum(layer.inputs * layer.outputs for layer in found.layers)
+    size, wide = sum(layer.inputs * layer.outputs for layer in found.layers), hvp.dtype(context)
 
     def some_queries(x: Array, targets: Array) -> Array:
         held = []
         for layer, (a, delta) in zip(found.layers, _gradients(context, found, x, targets), strict=True):
-            held.append(_preconditioned(bases[layer.name], a, delta, damping))
+            held.append(_preconditioned(bases[layer.name], a, delta, damping).astype(config.dtype or wide))
 
         queries = len(targets)
 
         def some_samples(x: Array, labels: Array) -> Array:
-            total = jnp.zeros((len(x), queries), held[0].dtype)
+            total = jnp.zeros((len(x), queries), wide)
             for layer, query, (a, delta) in zip(found.layers, held, _gradients(context, found, x, labels), strict=True):
                 total += _products(bases[layer.name], query, a, delta)
             return total
 
-        return map_chunks(some_samples, (context.inputs, context.labels), config.chunk).T
+        return map_chunks(some_samples, (context.inputs, context.labels), spread(config.chunk)).T
 
     return map_chunks(some_queries, (x, targets), max(1, _QUERY_BUDGET // size))
 
@@ -266,13 +272,16 @@ def _preconditioned(basis: dict[str, Array], a: Array, delta: Array, damping: Ar
 
 
 def _products(basis: dict[str, Array], query: Array, a: Array, delta: Array) -> Array:
-    """Inner products [b, q] of gradients a, δ with queries from `_preconditioned`."""
+    """Inner products [b, q] of gradients a, δ with queries from `_preconditioned`, rounded as these are."""
+    dtype = basis["inputs"].dtype
     if a.shape[1] > 1:
-        return jnp.einsum("bio,qio->bq", curvature.rotate(basis, a, delta), query, precision=_HIGHEST)
+        gradient = curvature.rotate(basis, a, delta).astype(query.dtype)
+        return jnp.einsum("bio,qio->bq", gradient, query, precision=_HIGHEST, preferred_element_type=dtype)
     # One position: the gradient is an outer product, which need not be written out.
-    a, delta = _turned(basis, a, delta)
-    met = jnp.matmul(a, query.reshape(query.shape[0], -1), precision=_HIGHEST).reshape(len(a), *query.shape[1:])
-    return jnp.einsum("bqo,bo->bq", met, delta, precision=_HIGHEST)
+    a, delta = (factor.astype(query.dtype) for factor in _turned(basis, a, delta))
+    every = query.reshape(query.shape[0], -1)
+    met = jnp.matmul(a, every, precision=_HIGHEST, preferred_element_type=dtype).reshape(len(a), *query.shape[1:])
+    return jnp.einsum("bqo,bo->bq", met, delta.astype(dtype), precision=_HIGHEST)
 
 
 def _turned(basis: dict[str, Array], a: Array, delta: Array) -> tuple[Array, Array]:
@@ -295,7 +304,7 @@ def _self_influence(config: Compiled, damping: Array | None, fitted: Fitted) -> 
             total += _squared_norms(bases[layer.name], a, delta, inverses[layer.name])
         return total
 
-    return map_chunks(some_samples, (context.inputs, context.labels), config.chunk)
+    return map_chunks(some_samples, (context.inputs, context.labels), spread(config.chunk))
 
 
 def _squared_norms(basis: dict[str, Array], a: Array, delta: Array, inverse: Array) -> Array:

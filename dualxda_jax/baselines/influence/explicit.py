@@ -2,15 +2,17 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dualxda_jax import _check
-from dualxda_jax.baselines.gradients import map_chunks
+from dualxda_jax.baselines.gradients import map_chunks, spread
 from dualxda_jax.baselines.influence import checks, hvp
 from dualxda_jax.baselines.protocol import Context, Method, check_queries
 from dualxda_jax.baselines.select import Filter
+from dualxda_jax.baselines.settings import dtype_name
 from dualxda_jax.types import Array
 
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -38,6 +40,7 @@ def influence_explicit(
     hessian: str = "exact",
     max_parameters: int = 20_000,
     chunk: int = 512,
+    dtype: Any = None,
 ) -> Method:
     """Influence functions with the damped Hessian written out: the truth that the approximations are measured by.
 
@@ -51,6 +54,9 @@ def influence_explicit(
         hessian: "exact", or "ggn" for the Gauss-Newton matrix, which is never indefinite for cross-entropy.
         max_parameters: how many parameters to accept; memory is their square.
         chunk: samples at a time.
+        dtype: what training gradients, and the vectors (H + λ)⁻¹ g that they are multiplied with, are rounded to in
+            `scores`, as "bfloat16"; products accumulate in float32 or wider. Gradients of queries, the Hessian and
+            self-influence are not rounded. By default nothing is.
 
     Returns:
         Method "influence_explicit".
@@ -64,7 +70,7 @@ def influence_explicit(
     checks.one_of("hessian", hessian, hvp.HESSIANS)
     checks.positive_integer("max_parameters", max_parameters)
     checks.positive_integer("chunk", chunk)
-    config = hvp.Config(params, hessian, chunk, _COLUMNS)
+    config = hvp.Config(params, hessian, chunk, _COLUMNS, dtype=dtype_name(dtype))
 
     def fit(key: Array, context: Context) -> Fitted:
         p = hvp.size(context, config)
@@ -99,7 +105,12 @@ def _damped(config: hvp.Config, damping: Array, context: Context) -> Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _invert(config: hvp.Config, damping: Array, context: Context) -> Array:
-    matrix = _damped(config, damping, context)
+    return _inverse(_damped(config, damping, context))
+
+
+@jax.custom_jvp
+def _inverse(matrix: Array) -> Array:
+    """Of a symmetric matrix; the pseudo-inverse where it is singular up to rounding."""
     rounding = float(jnp.finfo(matrix.dtype).eps) * len(matrix)
     factor = jnp.linalg.cholesky(matrix)
     pivots = jnp.square(jnp.diagonal(factor))
@@ -120,6 +131,14 @@ def _invert(config: hvp.Config, damping: Array, context: Context) -> Array:
     return jax.lax.cond(definite, by_cholesky, by_eigenvalues, matrix, factor)
 
 
+@_inverse.defjvp
+def _inverse_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    """−M⁻¹ dM M⁻¹: eigenvectors of equal eigenvalues, as those without curvature, have no derivative."""
+    inverse = _inverse(*primals)
+    moved = jnp.matmul(tangents[0], inverse, precision=_HIGHEST)
+    return inverse, -jnp.matmul(inverse, moved, precision=_HIGHEST)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _scores(config: hvp.Config, fitted: Fitted, x: Array, targets: Array) -> Array:
     context = fitted.context
@@ -133,6 +152,8 @@ def _scores(config: hvp.Config, fitted: Fitted, x: Array, targets: Array) -> Arr
 
 @functools.partial(jax.jit, static_argnums=0)
 def _self_influence(config: hvp.Config, fitted: Fitted) -> Array:
+    config = dataclasses.replace(config, chunk=spread(config.chunk))
+
     def some(x: Array, labels: Array) -> Array:
         vectors = hvp.gradients(fitted.context, config, x, labels)
         return jnp.sum(vectors * jnp.matmul(vectors, fitted.inverse, precision=_HIGHEST), axis=1)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from dualxda_jax.baselines import rows
-from dualxda_jax.baselines.gradients import fold_chunks, map_chunks, per_sample
+from dualxda_jax.baselines.gradients import fold_chunks, map_chunks, per_sample, spread
 from dualxda_jax.baselines.protocol import Context
 from dualxda_jax.baselines.select import Filter, Selection, select
 from dualxda_jax.types import Array
@@ -35,12 +35,15 @@ class Config:
         hessian: "exact" or "ggn".
         chunk: samples at a time.
         vectors: vectors that are multiplied at a time.
+        dtype: name of the dtype of training gradients, and of what they are multiplied with in `along`; None for that
+            of the parameters. Curvatures and the gradients of queries are never rounded.
     """
 
     params: Filter
     hessian: str
     chunk: int
     vectors: int
+    dtype: str | None = dataclasses.field(default=None, kw_only=True)
 
 
 def selected(context: Context, config: Config) -> Selection:
@@ -59,13 +62,13 @@ def dtype(context: Context) -> Any:
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
-def as_tree(vectors: Array, like: Mapping[str, Array]) -> dict[str, Array]:
-    """[..., p] -> path -> [..., *shape]."""
+def as_tree(vectors: Array, like: Mapping[str, Array], *, dtype: Any = None) -> dict[str, Array]:
+    """[..., p] -> path -> [..., *shape], in the dtypes of `like` or the one given."""
     tree, start = {}, 0
     for name in sorted(like):
         shape = like[name].shape
         stop = start + math.prod(shape)
-        tree[name] = vectors[..., start:stop].reshape(*vectors.shape[:-1], *shape).astype(like[name].dtype)
+        tree[name] = vectors[..., start:stop].reshape(*vectors.shape[:-1], *shape).astype(dtype or like[name].dtype)
         start = stop
     return tree
 
@@ -162,34 +165,43 @@ def gradient_sums(context: Context, config: Config) -> Array:
         leaves = (leaf.astype(rows.accumulator(found)) for leaf in jax.tree.leaves(found))
         return sum(leaf.reshape(leaf.shape[0], -1).sum(axis=1) for leaf in leaves)
 
-    return map_chunks(some, (context.inputs, context.labels), config.chunk)
+    return map_chunks(some, (context.inputs, context.labels), spread(config.chunk))
 
 
 def along(context: Context, config: Config, vectors: Array, x: Array, labels: Array) -> Array:
-    """[b, m] inner products of the gradients of samples x [b, ...] with vectors [m, p], in chunks of samples."""
+    """[b, m] inner products of the gradients of samples x [b, ...] with vectors [m, p], in chunks of samples.
+
+    Both are rounded to the configured dtype; products accumulate in that of the vectors.
+    """
     selection = selected(context, config)
-    held = as_tree(vectors, selection.split(context.params)[0])
+    held = as_tree(vectors, selection.split(context.params)[0], dtype=config.dtype or vectors.dtype)
 
     def some(x: Array, labels: Array) -> Array:
-        found = per_sample(context.logits, context.loss, selection, context.params, x, labels)
-        return sum_products(held, found)
+        found = per_sample(
+            context.logits, context.loss, selection, context.params, x, labels, dtype=config.dtype or vectors.dtype
+        )
+        return sum_products(held, found, vectors.dtype)
 
     return map_chunks(some, (x, labels), config.chunk)
 
 
 def against_training(context: Context, config: Config, vectors: Array) -> Array:
     """[m, n] inner products of vectors [m, p] with the gradients of the training samples."""
+    config = dataclasses.replace(config, chunk=spread(config.chunk))
     return along(context, config, vectors, context.inputs, context.labels).T
 
 
-def sum_products(held: dict[str, Array], found: rows.Rows) -> Array:
-    """[b, m] inner products of m dense gradients with b others, which may be outer products."""
+def sum_products(held: dict[str, Array], found: rows.Rows, dtype: Any) -> Array:
+    """[b, m] inner products of m dense gradients with b others of the same dtype, which may be outer products.
+
+    Accumulated in the dtype given.
+    """
     m = jax.tree.leaves(held)[0].shape[0]
-    total = jnp.zeros((rows.count(found), m), rows.accumulator(found))
+    total = jnp.zeros((rows.count(found), m), dtype)
     for name, entry in found.items():
         if isinstance(entry, rows.Outer):
-            met = jnp.einsum("bi,mio->bmo", entry.left, held[name], precision=_HIGHEST)
-            total += jnp.einsum("bmo,bo->bm", met, entry.right, precision=_HIGHEST)
+            met = jnp.einsum("bi,mio->bmo", entry.left, held[name], precision=_HIGHEST, preferred_element_type=dtype)
+            total += jnp.einsum("bmo,bo->bm", met, entry.right.astype(dtype), precision=_HIGHEST)
         else:
             total += rows.products(entry.reshape(len(entry), -1), held[name].reshape(len(held[name]), -1), total.dtype)
     return total

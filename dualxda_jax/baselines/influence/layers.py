@@ -199,7 +199,7 @@ def factors(found: Layers, params: Params, x: Array, seeds: Seeds) -> list[tuple
     outputs = [[equation.outputs[0].aval for equation, _ in uses] for uses in found.uses]
     taps = [[jnp.zeros(a.shape, a.dtype) for a in avals] for avals in outputs]
     logits, back, inputs = jax.vjp(lambda taps: _run(found, leaves, x, taps), taps, has_aux=True)
-    (cotangents,) = jax.vmap(back)(jax.lax.stop_gradient(seeds(logits)))
+    (cotangents,) = jax.vmap(back)(seeds(logits))
     result = []
     for layer, uses, data, cotangent in zip(found.layers, found.uses, inputs, cotangents, strict=True):
         a = [products.input_rows(v, *use) for v, use in zip(data, uses, strict=True)]
@@ -227,7 +227,7 @@ def _run(found: Layers, leaves: Sequence[Array], x: Array, taps: list[list[Array
         computed = _compat.bind(equation.source, values)
         if equation in sides:
             i, j = place[equation, sides[equation]]
-            seen[i][j] = jax.lax.stop_gradient(values[1 - sides[equation]])
+            seen[i][j] = values[1 - sides[equation]]
             computed = (computed[0] + taps[i][j],)
         env.update(zip(equation.outputs, computed, strict=True))
     return read(traced.output), seen

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from dualxda_jax import _check
 from dualxda_jax.baselines.influence import checks, hvp, solved
 from dualxda_jax.baselines.protocol import Method
 from dualxda_jax.baselines.select import Filter
+from dualxda_jax.baselines.settings import dtype_name
 from dualxda_jax.types import Array
 
 
@@ -34,6 +36,7 @@ def influence_lissa(
     hessian: str = "exact",
     chunk: int = 512,
     vectors: int = 128,
+    dtype: Any = None,
 ) -> Method:
     """Influence functions by LiSSA, a stochastic Neumann series for the inverse Hessian.
 
@@ -53,6 +56,7 @@ def influence_lissa(
         hessian: "exact", or "ggn" for the Gauss-Newton matrix, which is never indefinite for cross-entropy.
         chunk: samples at a time in the pass over the training set.
         vectors: queries at a time.
+        dtype: as in `influence_explicit`.
 
     Returns:
         Method "influence_lissa".
@@ -69,7 +73,7 @@ def influence_lissa(
     numbers = {"repeats": repeats, "depth": depth, "batch": batch, "chunk": chunk, "vectors": vectors}
     for name, value in numbers.items():
         checks.positive_integer(name, value)
-    config = Config(params, hessian, chunk, vectors, repeats, depth, batch)
+    config = Config(params, hessian, chunk, vectors, repeats, depth, batch, dtype=dtype_name(dtype))
     report = functools.partial(_report, scale, damping)
     return solved.method("influence_lissa", config, {"damping": damping, "scale": scale}, series, report)
 

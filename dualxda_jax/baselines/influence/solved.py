@@ -8,8 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dualxda_jax import _check
-from dualxda_jax.baselines.gradients import map_chunks
+from dualxda_jax.baselines.gradients import map_chunks, spread
 from dualxda_jax.baselines.influence import checks, hvp
 from dualxda_jax.baselines.protocol import Context, Method, check_queries
 from dualxda_jax.types import Array
@@ -59,23 +58,12 @@ def method(name: str, config: hvp.Config, numbers: Numbers, solver: Solver, repo
         return checks.finite_scores(result)
 
     def self_influence(fitted: Fitted) -> Array:
-        result, ended = _self_influence(_for_devices(config, fitted.context), solver, dict(numbers), fitted)
+        result, ended = _self_influence(config, solver, dict(numbers), fitted)
         checks.finite_training(fitted.context, config, result)
         report(ended)
         return checks.finite_samples(result)
 
     return Method(name, fit, scores, self_influence)
-
-
-def _for_devices(config: hvp.Config, context: Context) -> hvp.Config:
-    """With as many vectors at a time as there are devices that hold samples, or a multiple of that.
-
-    Fewer leave a result that is spread over a part of a mesh's axis, for which jax 0.8 has no name.
-    """
-    if _check.is_traced(context.inputs):
-        return config
-    devices = len(context.inputs.sharding.device_set)
-    return dataclasses.replace(config, vectors=-(-config.vectors // devices) * devices)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -94,6 +82,8 @@ def _scores(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _self_influence(config: hvp.Config, solver: Solver, numbers: Numbers, fitted: Fitted) -> tuple[Array, Array]:
     context = fitted.context
+    # Here the right-hand sides lie over the devices, as the samples do whose gradients they are.
+    config = dataclasses.replace(config, vectors=spread(config.vectors), chunk=spread(config.chunk))
 
     def some(x: Array, labels: Array) -> tuple[Array, Array]:
         vectors = hvp.gradients(context, config, x, labels)
