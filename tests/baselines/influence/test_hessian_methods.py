@@ -106,6 +106,40 @@ def test_logistic_regression_by_the_explicit_inverse(method, bound, logistic, tr
     assert relative_error(own, truth[1]) < bound
 
 
+@pytest.mark.parametrize(
+    ("method", "bound"),
+    [
+        (baselines.influence_explicit(damping=DAMPING), 1e-5),
+        (baselines.influence_cg(damping=DAMPING, tolerance=1e-6, chunk=11, vectors=4), 1e-5),
+        (
+            baselines.influence_arnoldi(
+                rank=15, krylov=15, regularization=DAMPING, tolerance=1e-6, inverse_tolerance=0.0
+            ),
+            1e-4,
+        ),
+        # As above: 5% of the largest score, for the noise of its draws.
+        (baselines.influence_lissa(damping=DAMPING, scale=6.0, depth=400, repeats=20, batch=30), 5e-2),
+    ],
+    ids=["explicit", "cg", "arnoldi", "lissa"],
+)
+def test_linear_regression_by_the_explicit_inverse(method, bound, logistic):
+    context, query, targets = logistic
+    context = dataclasses.replace(context, loss=squared_loss)
+
+    def gradients(x, y):
+        x, layer = np.asarray(x, np.float64), context.params["head"]
+        rest = x @ np.asarray(layer["kernel"], np.float64) + np.asarray(layer["bias"]) - np.eye(3)[np.asarray(y)]
+        extended = np.concatenate([np.ones((len(x), 1)), x], axis=1)
+        return extended, np.einsum("ni,nk->nik", extended, rest).reshape(len(x), -1)
+
+    extended, training = gradients(context.inputs, context.labels)
+    hessian = np.kron(extended.T @ extended / len(extended), np.eye(3))
+    solved = np.linalg.solve(hessian + DAMPING * np.eye(15), training.T)
+    scores, own = run(method, (context, query, targets))
+    assert relative_error(scores, gradients(query, targets)[1] @ solved) < bound
+    assert relative_error(own, np.einsum("np,pn->n", training, solved)) < bound
+
+
 def test_leave_one_out_of_ridge_regression(x64):
     x, y, params = random_problem(dtype=np.float64)
     n, ridge = len(x), 0.05
