@@ -255,7 +255,7 @@ JOBS = {
     # On the whole network it asks for 68 GB with all samples at once, and inverts each batch by itself with fewer.
     "explicit-head/dattri": lambda job: dattri_influence(job.on_features(), "Explicit", regularization=DAMPING),
     "explicit-head/captum": lambda job: captum_influence(
-        job.on_features(), "Naive", projection_dim=1010, hessian_reg=DAMPING, batch_size=2500
+        job.on_features(), "Naive", projection_dim=1010, hessian_reg=DAMPING * job.n, batch_size=2500
     ),
     "cg-head/dattri": lambda job: dattri_influence(job.on_features(), "CG", regularization=DAMPING, max_iter=20),
     # dattri multiplies its damping by the scale.
