@@ -43,6 +43,7 @@ PUBLISHED = {
     "representer-cos": 0.19,
     "trak-1": 0.42,
     "trak-10": 0.64,
+    "trak-50": 0.68,
 }
 EPOCHS, RATE = 20, 0.01
 DAMPINGS = (1e-1, 1e-2, 1e-3)
@@ -98,7 +99,7 @@ def rps(strength):
 jobs = {"graddot-512": lambda: tracin(False, 1, True), "graddot": lambda: tracin(False, 1, False),
     "gradcos-512": lambda: tracin(True, 1, True), "gradcos": lambda: tracin(True, 1, False),
     "tracin-10-512": lambda: tracin(False, 10, True), "tracin-10": lambda: tracin(False, 10, False)}
-jobs |= {f"trak-{c}": lambda c=c: trak(c) for c in (1, 10)}
+jobs |= {f"trak-{c}": lambda c=c: trak(c) for c in (1, 10, 50)}
 jobs |= {f"representer-cos {s:g}": lambda s=s: rps(s) for s in json.loads(sys.argv[3])}
 for d in json.loads(sys.argv[2]):
     jobs[f"influence_cg {d:g}"] = lambda d=d: influence(I.IFAttributorCG, regularization=d, max_iter=10)
@@ -177,6 +178,7 @@ def methods():
         "tracin-10": (baselines.tracin(), "full", 10),
         "trak-1": (baselines.trak(projection=512), "half", 1),
         "trak-10": (baselines.trak(projection=512), "half", 10),
+        "trak-50": (baselines.trak(projection=512), "half", 50),
         "similarity": (baselines.similarity(), "full", 1),
         "random": (baselines.random(), "full", 1),
     }
@@ -204,7 +206,7 @@ def run_peer(python, names, x, labels, queries, targets, networks, halves, outpu
     """Name -> LDS by dattri on the same networks and ground truth."""
     arrays = {"x": x, "y": labels, "query": queries, "targets": targets, "halves": halves, "outputs": outputs}
     for which, params in networks.items():
-        arrays |= {f"{which}/{name}": leaf[:10] for name, leaf in params.items()}
+        arrays |= {f"{which}/{name}": leaf[:50] for name, leaf in params.items()}
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "given.npz")
         np.savez(path, **arrays)
