@@ -42,6 +42,14 @@ def integers(argument: str, array: Any) -> None:
         fail(argument, f"dtype {dtype}", "integers")
 
 
+def key(argument: str, value: Any, *, many: int | None = None) -> None:
+    """Check that a value is a typed key; or, where `many` is given, that many of them."""
+    if not (hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)):
+        fail(argument, type(value).__name__, "a typed key, as from jax.random.key")
+    if value.shape not in ((), () if many is None else (many,)):
+        fail(argument, f"shape {value.shape}", "one key" + ("" if many is None else f", or [{many}]"))
+
+
 def elsewhere(values: Any) -> bool:
     """Whether a part of an array is on devices of other processes, so that it cannot be looked at here."""
     return isinstance(values, jax.Array) and not values.is_fully_addressable and not values.is_fully_replicated

@@ -136,5 +136,4 @@ def _check_common(labels: Array | np.ndarray, key: Array, fraction: float) -> No
     _check.integers("labels", labels)
     if not 0 <= fraction <= 1:
         _check.fail("fraction", fraction, "in 0..1")
-    if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)) or key.shape != ():
-        _check.fail("key", f"{type(key).__name__} of shape {np.shape(key)}", "a typed key, as from jax.random.key")
+    _check.key("key", key)

@@ -71,8 +71,7 @@ def bootstrap(values: Any, key: Array, *, resamples: int = 1000, level: float = 
 
 def check_bootstrap(key: Array, resamples: int, level: float) -> None:
     """Refuse what no bootstrap can be made with."""
-    if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)) or key.shape != ():
-        _check.fail("key", f"{type(key).__name__} of shape {np.shape(key)}", "a typed key, as from jax.random.key")
+    _check.key("key", key)
     if resamples < 1:
         _check.fail("resamples", resamples, "1 or more")
     if not 0 < level < 1:

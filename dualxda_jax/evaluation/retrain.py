@@ -173,10 +173,7 @@ def _problem(key: Array, module: Any, images: Any, labels: Any, subsets: Any) ->
         _check.fail("subsets", "no rows", "at least one, one a network")
     if empty.size:
         _check.fail("subsets", f"{empty.size} without members, first in row {empty[0]}", "subsets with members")
-    if not (hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
-        _check.fail("key", type(key).__name__, "a typed key, as from jax.random.key")
-    if key.shape not in ((), (len(subsets),)):
-        _check.fail("key", f"shape {key.shape}", f"one key, or [{len(subsets)}], one for each subset")
+    _check.key("key", key, many=len(subsets))
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(np.arange(len(subsets))) if key.shape == () else key
     return _Problem(keys, jnp.asarray(images), jnp.asarray(labels).astype(jnp.int32), subsets)
 

@@ -60,7 +60,7 @@ def coreset_selection(
 
     Raises:
         ValueError: scores of another shape or with NaN or infinities, no fraction, one outside (0, 1], one given twice,
-            a `retrain` that returns another shape or NaN.
+            something else than a typed key, a `retrain` that returns another shape or NaN.
 
     Source: arXiv 2402.12118, coreset selection.
     """
@@ -116,6 +116,8 @@ def ranking(scores: Any, *, key: Array | None = None) -> np.ndarray:
         ValueError: scores of another shape or with NaN or infinities.
     """
     check_scores(scores)
+    if key is not None:
+        _check.key("key", key)
     if _check.is_traced(scores):
         _check.fail("scores", "a traced array", "known: networks are retrained outside of jit")
     importance = np.zeros(np.shape(scores)[1])
@@ -132,7 +134,10 @@ def _count(fraction: float, n: int) -> int:
 
 
 def _fractions(fractions: Sequence[float], n: int, *, most: float | None) -> np.ndarray:
-    values = np.sort(np.asarray(fractions, np.float64))
+    try:
+        values = np.sort(np.asarray(fractions, np.float64))
+    except (TypeError, ValueError):
+        _check.fail("fractions", repr(fractions), "numbers")
     must = "in (0, 1]" if most else "in (0, 1), leaving at least one sample"
     if values.ndim != 1 or values.size == 0:
         _check.fail("fractions", f"shape {values.shape}", "one number or more")

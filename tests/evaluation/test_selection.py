@@ -68,6 +68,8 @@ def test_many_queries_do_not_drown_small_importance():
         ("fractions", lambda: coreset_selection(SCORES, lambda keep: [0.0], fractions=(0.0,))),
         ("fractions", lambda: coreset_selection(SCORES, lambda keep: [0.0], fractions=(1.1,))),
         ("fractions", lambda: coreset_selection(SCORES, lambda keep: [0.0, 0.0], fractions=(0.5, 0.5))),
+        ("fractions", lambda: coreset_selection(SCORES, lambda keep: [0.0], fractions=("a",))),
+        ("key", lambda: coreset_selection(SCORES, lambda keep: [0.0], fractions=(0.5,), key=3)),
         ("fractions", lambda: data_pruning(SCORES, lambda keep: [0.0], fractions=(1.0,))),
         ("fractions", lambda: data_pruning(SCORES, lambda keep: [0.0], fractions=(0.9,))),
         ("retrain", lambda: coreset_selection(SCORES, lambda keep: [0.0], fractions=(0.5, 1.0))),
