@@ -10,7 +10,7 @@ import numpy as np
 
 from dualxda_jax import _check
 from dualxda_jax.baselines import placement, taps
-from dualxda_jax.baselines.protocol import Logits, Loss
+from dualxda_jax.baselines.protocol import Context, Logits, Loss
 from dualxda_jax.baselines.rows import Rows, dense, wide
 from dualxda_jax.baselines.select import Selection
 from dualxda_jax.types import Array, Params
@@ -110,6 +110,11 @@ def spread(chunk: int) -> int:
     """
     devices = placement.devices()
     return -(-chunk // devices) * devices
+
+
+def map_training(fn: Callable[..., Any], context: Context, chunk: int) -> Any:
+    """`map_chunks` over inputs and labels of the training samples, the chunk rounded up by `spread`."""
+    return map_chunks(fn, (context.inputs, context.labels), spread(chunk))
 
 
 def map_forward(fn: Callable[..., Any], x: Array, chunk: int) -> Any:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from dualxda_jax.baselines import gradients, rows, select
 from dualxda_jax.baselines.protocol import Context, Method, Stages, check_queries, staged
 from dualxda_jax.baselines.settings import (
+    MEMORY,
     Config,
     chunk_size,
     count_checkpoints,
@@ -45,7 +46,7 @@ def graddot(
     projection_kind: str = "sjlt",
     dtype: Any = None,
     chunk: int | None = None,
-    memory: int = 1 << 31,
+    memory: int = MEMORY,
 ) -> Method:
     """Score ⟨∇ℓ(z_i), ∇ℓ(x, target)⟩ at the last checkpoint: what a step on i would lower the loss at the target by.
 
@@ -80,7 +81,7 @@ def gradcos(
     projection_kind: str = "sjlt",
     dtype: Any = None,
     chunk: int | None = None,
-    memory: int = 1 << 31,
+    memory: int = MEMORY,
 ) -> Method:
     """Cosine of the two gradients that `graddot` multiplies; 0 where one of them is 0.
 
@@ -110,7 +111,7 @@ def tracin(
     checkpoints: int | None = None,
     dtype: Any = None,
     chunk: int | None = None,
-    memory: int = 1 << 31,
+    memory: int = MEMORY,
 ) -> Method:
     """Score (1/t) Σ_k lr_k ⟨P g_i, P g⟩ over t checkpoints; g_i and g are the loss gradients of i and (x, target).
 
@@ -165,7 +166,7 @@ def _compute_part(config: Config, context: Context, params: Any, key: Array) -> 
         found = one(x, labels)
         return {"norms": rows.squared_norms(found), "rows": found if keep else None}
 
-    return gradients.map_chunks(both, (context.inputs, context.labels), gradients.spread(chunk))
+    return gradients.map_training(both, context, chunk)
 
 
 def _scores(config: Config, fitted: Fitted, x: Array, targets: Array) -> Array:
@@ -199,8 +200,7 @@ def _against(one: Any, query: Any, kept: Any, context: Context, chunk: int) -> A
     """[q, n] products with the kept gradients, or with gradients that are computed anew chunk by chunk."""
     if kept is not None:
         return rows.dot(query, kept)
-    samples = context.inputs, context.labels
-    return gradients.map_chunks(lambda x, y: rows.dot(one(x, y), query), samples, gradients.spread(chunk)).T
+    return gradients.map_training(lambda x, y: rows.dot(one(x, y), query), context, chunk).T
 
 
 def _inverse_root(squares: Array) -> Array:

@@ -13,6 +13,9 @@ from dualxda_jax.baselines.projections import Projection, check_size, project
 from dualxda_jax.baselines.protocol import Context, Loss
 from dualxda_jax.types import Array
 
+MEMORY = 1 << 31
+"""Bytes of training gradients that are kept by default."""
+
 # Samples whose gradients are taken at once, and the bytes that these may take.
 _MOST_SAMPLES = 256
 _MOST_BYTES = 1 << 27
@@ -41,7 +44,7 @@ class Config:
     weighted: bool = False
     dtype: str | None = None
     chunk: int | None = None
-    memory: int = 1 << 31
+    memory: int = MEMORY
 
     def __post_init__(self) -> None:
         if self.chunk is not None and not (isinstance(self.chunk, int | np.integer) and self.chunk >= 1):

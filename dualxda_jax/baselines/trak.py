@@ -134,7 +134,7 @@ def _compute_features(config: Config, context: Context, params: Any, key: Array)
         doubts = jax.nn.sigmoid(-jax.vmap(margin)(context.logits(params, x), labels))
         return found, doubts.astype(found.dtype)
 
-    return gradients.map_chunks(both, (context.inputs, context.labels), gradients.spread(chunk))
+    return gradients.map_training(both, context, chunk)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -58,14 +58,7 @@ def surrogate_faithfulness(
     Source: arXiv 2402.12118, faithfulness of the surrogate; Gorodkin 2004 for the multi-class Matthews correlation.
     """
     weights, logits = _checked(network_weights, surrogate_weights, network_logits, surrogate_logits)
-    cosines, taus = _cosines(*weights), _taus(*logits)
-    everyone = np.ones((1, len(taus)))
-    return Faithfulness(
-        weight_cosine=_mean(cosines),
-        logit_correlation=float(_correlations(*logits, everyone)[0]),
-        matthews=float(_matthews(*logits, everyone)[0]),
-        kendall_tau=_mean(taus),
-    )
+    return Faithfulness(*(float(value[0]) for value in _measures(_cosines(*weights), _taus(*logits), logits)))
 
 
 def faithfulness_per_query(
@@ -126,25 +119,33 @@ def faithfulness_intervals(
     check_bootstrap(key, resamples, level)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
     cosines, taus = _cosines(*weights), _taus(*logits)
-    drawn: tuple[list[np.ndarray], ...] = ([], [], [], [])
-    left, each = resamples, max(1, _AT_ONCE // max(len(taus), len(cosines)))
+    drawn, left, each = [], resamples, max(1, _AT_ONCE // max(len(taus), len(cosines)))
     while left:
         now = min(left, each)
         left -= now
-        queries, classes = _draws(rng, now, len(taus)), _draws(rng, now, len(cosines))
-        drawn[0].append(_means(cosines, classes))
-        drawn[1].append(_correlations(*logits, queries))
-        drawn[2].append(_matthews(*logits, queries))
-        drawn[3].append(_means(taus, queries))
-    found = surrogate_faithfulness(*weights, *logits)
-    counts = (np.isfinite(cosines).sum(), len(taus), len(taus), np.isfinite(taus).sum())
-    values = (getattr(found, field.name) for field in dataclasses.fields(found))
+        counts = _draws(rng, now, len(taus)), _draws(rng, now, len(cosines))
+        drawn.append(_measures(cosines, taus, logits, counts))
+    values = _measures(cosines, taus, logits)
+    defined = (np.isfinite(cosines).sum(), len(taus), len(taus), np.isfinite(taus).sum())
     return Faithfulness(
         *(
-            _interval(value, np.concatenate(draws), int(count), level)
-            for value, draws, count in zip(values, drawn, counts, strict=True)
+            _interval(float(value[0]), np.concatenate(draws), int(count), level)
+            for value, draws, count in zip(values, zip(*drawn, strict=True), defined, strict=True)
         )
     )
+
+
+def _measures(
+    cosines: np.ndarray, taus: np.ndarray, logits: tuple[np.ndarray, np.ndarray], counts: Any = None
+) -> list[np.ndarray]:
+    """[r] of each measure: queries and classes as often as counts ([r, q], [r, k]) say, or once each."""
+    queries, classes = (np.ones((1, len(taus))), np.ones((1, len(cosines)))) if counts is None else counts
+    return [
+        _means(cosines, classes),
+        _correlations(*logits, queries),
+        _matthews(*logits, queries),
+        _means(taus, queries),
+    ]
 
 
 def _checked(
@@ -213,10 +214,6 @@ def _taus(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     found = np.full(len(a), np.nan)
     found[ordered] = [kendalltau(x, y).statistic for x, y in zip(a[ordered], b[ordered], strict=True)]
     return found
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(_means(values, np.ones((1, len(values))))[0])
 
 
 def _means(values: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from dualxda_jax import _check
-from dualxda_jax.baselines.gradients import map_chunks, spread
+from dualxda_jax.baselines.gradients import map_chunks, map_training
 from dualxda_jax.baselines.influence import checks, curvature, hvp, layers
 from dualxda_jax.baselines.influence.curvature import State
 from dualxda_jax.baselines.influence.layers import Layers
@@ -253,7 +253,7 @@ def _scores(config: Compiled, damping: Array | None, fitted: Fitted, x: Array, t
                 total += _products(bases[layer.name], query, a, delta)
             return total
 
-        return map_chunks(some_samples, (context.inputs, context.labels), spread(config.chunk)).T
+        return map_training(some_samples, context, config.chunk).T
 
     return map_chunks(some_queries, (x, targets), max(1, _QUERY_BUDGET // size))
 
@@ -304,7 +304,7 @@ def _self_influence(config: Compiled, damping: Array | None, fitted: Fitted) -> 
             total += _squared_norms(bases[layer.name], a, delta, inverses[layer.name])
         return total
 
-    return map_chunks(some_samples, (context.inputs, context.labels), spread(config.chunk))
+    return map_training(some_samples, context, config.chunk)
 
 
 def _squared_norms(basis: dict[str, Array], a: Array, delta: Array, inverse: Array) -> Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dualxda_jax import _check
-from dualxda_jax.baselines.gradients import map_chunks, spread
+from dualxda_jax.baselines.gradients import map_chunks, map_training, spread
 from dualxda_jax.baselines.influence import checks, hvp
 from dualxda_jax.baselines.protocol import Context, Method, check_queries
 from dualxda_jax.baselines.select import Filter
@@ -158,4 +158,4 @@ def _self_influence(config: hvp.Config, fitted: Fitted) -> Array:
         vectors = hvp.gradients(fitted.context, config, x, labels)
         return jnp.sum(vectors * jnp.matmul(vectors, fitted.inverse, precision=_HIGHEST), axis=1)
 
-    return map_chunks(some, (fitted.context.inputs, fitted.context.labels), config.chunk)
+    return map_training(some, fitted.context, config.chunk)

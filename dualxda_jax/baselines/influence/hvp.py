@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from dualxda_jax.baselines import rows
-from dualxda_jax.baselines.gradients import fold_chunks, map_chunks, per_sample, spread
+from dualxda_jax.baselines.gradients import fold_chunks, map_chunks, map_training, per_sample, spread
 from dualxda_jax.baselines.protocol import Context
 from dualxda_jax.baselines.select import Filter, Selection, select
 from dualxda_jax.types import Array
@@ -58,8 +58,7 @@ def size(context: Context, config: Config) -> int:
 
 def dtype(context: Context) -> Any:
     """What vectors and curvatures are held in: float64 where any parameter is, else float32."""
-    wide = any(jnp.result_type(leaf) == jnp.float64 for leaf in jax.tree.leaves(context.params))
-    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+    return rows.wide(*map(jnp.result_type, jax.tree.leaves(context.params)))
 
 
 def as_tree(vectors: Array, like: Mapping[str, Array], *, dtype: Any = None) -> dict[str, Array]:
@@ -165,7 +164,7 @@ def gradient_sums(context: Context, config: Config) -> Array:
         leaves = (leaf.astype(rows.accumulator(found)) for leaf in jax.tree.leaves(found))
         return sum(leaf.reshape(leaf.shape[0], -1).sum(axis=1) for leaf in leaves)
 
-    return map_chunks(some, (context.inputs, context.labels), spread(config.chunk))
+    return map_training(some, context, config.chunk)
 
 
 def along(context: Context, config: Config, vectors: Array, x: Array, labels: Array) -> Array:
@@ -173,13 +172,11 @@ def along(context: Context, config: Config, vectors: Array, x: Array, labels: Ar
 
     Both are rounded to the configured dtype; products accumulate in that of the vectors.
     """
-    selection = selected(context, config)
-    held = as_tree(vectors, selection.split(context.params)[0], dtype=config.dtype or vectors.dtype)
+    selection, rounded = selected(context, config), config.dtype or vectors.dtype
+    held = as_tree(vectors, selection.split(context.params)[0], dtype=rounded)
 
     def some(x: Array, labels: Array) -> Array:
-        found = per_sample(
-            context.logits, context.loss, selection, context.params, x, labels, dtype=config.dtype or vectors.dtype
-        )
+        found = per_sample(context.logits, context.loss, selection, context.params, x, labels, dtype=rounded)
         return sum_products(held, found, vectors.dtype)
 
     return map_chunks(some, (x, labels), config.chunk)

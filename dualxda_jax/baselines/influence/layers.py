@@ -26,6 +26,7 @@ import numpy as np
 
 from dualxda_jax.baselines.influence import products
 from dualxda_jax.baselines.influence.products import Atom, Equation, Trace
+from dualxda_jax.baselines.rows import wide
 from dualxda_jax.baselines.select import Selection
 from dualxda_jax.types import Array, Params
 from dualxda_jax.xda import _compat
@@ -206,8 +207,8 @@ def factors(found: Layers, params: Params, x: Array, seeds: Seeds) -> list[tuple
         delta = [products.output_rows(v, *use) for v, use in zip(cotangent, uses, strict=True)]
         if layer.bias is not None:
             a = [jnp.concatenate([v, jnp.ones((v.shape[0], 1), v.dtype)], axis=1) for v in a]
-        wide = jnp.float64 if a[0].dtype == jnp.float64 else jnp.float32
-        result.append((jnp.concatenate(a, axis=0).astype(wide), jnp.concatenate(delta, axis=1).astype(wide)))
+        dtype = wide(a[0].dtype)
+        result.append((jnp.concatenate(a, axis=0).astype(dtype), jnp.concatenate(delta, axis=1).astype(dtype)))
     return result
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dualxda_jax.baselines.gradients import map_chunks, spread
+from dualxda_jax.baselines.gradients import map_chunks, map_training, spread
 from dualxda_jax.baselines.influence import checks, hvp
 from dualxda_jax.baselines.protocol import Context, Method, check_queries
 from dualxda_jax.types import Array
@@ -90,4 +90,4 @@ def _self_influence(config: hvp.Config, solver: Solver, numbers: Numbers, fitted
         solution, ended = solver(config, numbers, fitted, vectors)
         return jnp.sum(vectors * solution, axis=1), ended
 
-    return map_chunks(some, (context.inputs, context.labels), config.vectors)
+    return map_training(some, context, config.vectors)
