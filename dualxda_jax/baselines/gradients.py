@@ -103,10 +103,9 @@ def map_chunks(fn: Callable[..., Any], arrays: tuple[Array, ...], chunk: int, *,
 
 
 def spread(chunk: int) -> int:
-    """The chunk for training samples: rounded up to a multiple of the devices, over which these may lie.
+    """The chunk for samples that may lie over the devices of a mesh: rounded up to a multiple of these.
 
-    With fewer the compiler cuts a result into parts that jax 0.8 has no name for, and devices would idle. Queries are
-    not rounded: every device may hold all of them.
+    With fewer the compiler cuts a result into parts that jax 0.8 has no name for, and devices would idle.
     """
     devices = placement.devices()
     return -(-chunk // devices) * devices

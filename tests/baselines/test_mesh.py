@@ -115,6 +115,20 @@ def test_chunks_that_the_devices_do_not_divide(name, dense):
     compare(name, dense, AxisType.Auto, chunk=2)
 
 
+@pytest.mark.parametrize("name", ["graddot", "trak", "influence_explicit", "influence_cg", "influence_arnoldi"])
+def test_queries_that_lie_over_the_devices(name, dense):
+    _, over, _ = over_devices(dense, AxisType.Auto)
+    vectors = {"vectors": 8} if name == "influence_cg" else {}
+    method = baselines.METHODS[name](**DENSE[name] | {"chunk": 2} | vectors)
+    queries, targets = dense.inputs[:16] + 0.1, dense.labels[:16]
+    placed = (jax.device_put(a, over.inputs.sharding) for a in (queries, targets))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", baselines.influence.NotConvergedWarning)
+        expected = method.scores(method.fit(KEY, dense), queries, targets)
+        found = method.scores(method.fit(KEY, over), *placed)
+    np.testing.assert_allclose(np.asarray(found), expected, rtol=1e-3, atol=1e-4 * float(jnp.abs(expected).max()))
+
+
 def test_the_devices_of_a_mesh_round_chunks_up(dense):
     mesh, over, _ = over_devices(dense, AxisType.Auto)
     ask = placement.automatic(lambda x: jax.jit(lambda x: gradients.spread(3))(x))

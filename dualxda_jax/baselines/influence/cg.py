@@ -53,7 +53,8 @@ def influence_cg(
         max_iterations: products with H for a solve, at most.
         chunk: samples at a time in a product with H.
         vectors: queries that are solved for at a time; each takes memory for four vectors of parameters. For
-            `self_influence` over a mesh, rounded up to a multiple of the devices.
+            `self_influence` over a mesh, rounded up to a multiple of the devices. Queries that lie over a mesh
+            themselves need a multiple on jax 0.8.
         dtype: as in `influence_explicit`.
 
     Returns:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dualxda_jax import _check
-from dualxda_jax.baselines.gradients import map_chunks, map_training, spread
+from dualxda_jax.baselines.gradients import map_chunks, map_training
 from dualxda_jax.baselines.influence import checks, hvp
 from dualxda_jax.baselines.protocol import Context, Method, check_queries
 from dualxda_jax.baselines.select import Filter
@@ -152,8 +152,6 @@ def _scores(config: hvp.Config, fitted: Fitted, x: Array, targets: Array) -> Arr
 
 @functools.partial(jax.jit, static_argnums=0)
 def _self_influence(config: hvp.Config, fitted: Fitted) -> Array:
-    config = dataclasses.replace(config, chunk=spread(config.chunk))
-
     def some(x: Array, labels: Array) -> Array:
         vectors = hvp.gradients(fitted.context, config, x, labels)
         return jnp.sum(vectors * jnp.matmul(vectors, fitted.inverse, precision=_HIGHEST), axis=1)

@@ -152,7 +152,7 @@ def gradients(context: Context, config: Config, x: Array, labels: Array) -> Arra
         found = per_sample(context.logits, context.loss, selection, context.params, x, labels, dtype=dtype(context))
         return rows.flat(found)
 
-    return map_chunks(some, (x, labels), config.chunk)
+    return map_chunks(some, (x, labels), spread(config.chunk))
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -179,12 +179,11 @@ def along(context: Context, config: Config, vectors: Array, x: Array, labels: Ar
         found = per_sample(context.logits, context.loss, selection, context.params, x, labels, dtype=rounded)
         return sum_products(held, found, vectors.dtype)
 
-    return map_chunks(some, (x, labels), config.chunk)
+    return map_chunks(some, (x, labels), spread(config.chunk))
 
 
 def against_training(context: Context, config: Config, vectors: Array) -> Array:
     """[m, n] inner products of vectors [m, p] with the gradients of the training samples."""
-    config = dataclasses.replace(config, chunk=spread(config.chunk))
     return along(context, config, vectors, context.inputs, context.labels).T
 
 

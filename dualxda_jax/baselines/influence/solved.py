@@ -83,7 +83,7 @@ def _scores(
 def _self_influence(config: hvp.Config, solver: Solver, numbers: Numbers, fitted: Fitted) -> tuple[Array, Array]:
     context = fitted.context
     # Here the right-hand sides lie over the devices, as the samples do whose gradients they are.
-    config = dataclasses.replace(config, vectors=spread(config.vectors), chunk=spread(config.chunk))
+    config = dataclasses.replace(config, vectors=spread(config.vectors))
 
     def some(x: Array, labels: Array) -> tuple[Array, Array]:
         vectors = hvp.gradients(context, config, x, labels)
