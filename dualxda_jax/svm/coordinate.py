@@ -17,8 +17,9 @@ from dualxda_jax.svm.problem import Array, Problem, contract, one_hot_of, places
 
 # Samples of a group: its Gram matrix costs as much per sample as the scores of this many classes.
 GROUP = 64
-# Steps of Michelot's method. It climbs to the threshold and hardly ever needs more than four.
-CLIMBS = 8
+# Classes up to which a projection looks at all pairs of them; beyond, steps of Michelot's method, which climbs to the
+# threshold and hardly ever needs more than three.
+FEW_CLASSES, CLIMBS = 16, 8
 # Curvature that counts as none.
 SMALLEST = 1e-30
 
@@ -40,11 +41,10 @@ class Swept(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """A chunk in the working precision: features [b, D], cost and squared norm [b], margin [k, b], 0 at the label."""
+    """A chunk in the working precision: features [b, D], cost [b], margin [k, b], 0 at the label."""
 
     features: Array
     cost: Array
-    square: Array
     margin: Array
 
 
@@ -92,7 +92,7 @@ def _rows(problem: Problem, take: Any, counts: Array, k: int, dtype: Any) -> _Ro
     features = with_constant(take(problem.features).astype(dtype), problem.intercept_scaling)
     cost = jnp.where(counts, take(problem.cost).astype(dtype), 0.0)
     margin = problem.margin.astype(dtype) * (1.0 - one_hot_of(take(problem.labels), k, dtype))
-    return _Rows(features, cost, jnp.sum(features * features, axis=1), margin)
+    return _Rows(features, cost, margin)
 
 
 def _chunk(rows: _Rows, weights: Array, q: Array, skip: Array, grid: Any) -> tuple[Array, Array, Array, Array]:
@@ -112,12 +112,12 @@ def _chunk(rows: _Rows, weights: Array, q: Array, skip: Array, grid: Any) -> tup
         weights, q = carry
         local = lax.dynamic_slice_in_dim(order, j * GROUP, GROUP)
         steps = jnp.minimum(GROUP, count - j * GROUP)
-        part = _Rows(rows.features[local], rows.cost[local], rows.square[local], rows.margin[:, local])
-        old = q[:, local].T
+        part = _Rows(rows.features[local], rows.cost[local], rows.margin[:, local])
+        old = q[:, local]
         new = _group(part, weights, old, steps, grid)
-        weights = weights + contract(part.cost[:, None] * (old - new), part.features, 0, 0)
+        weights = weights + contract(part.cost[None, :] * (old - new), part.features, 1, 0)
         kept = jnp.where(jnp.arange(GROUP, dtype=jnp.int32) < steps, local, size)
-        return weights, q.at[:, kept].set(new.T, mode="drop")
+        return weights, q.at[:, kept].set(new, mode="drop")
 
     groups = (count + GROUP - 1) // GROUP
     weights, q = lax.fori_loop(jnp.asarray(0, jnp.int32), groups, group, (weights, q))
@@ -125,34 +125,73 @@ def _chunk(rows: _Rows, weights: Array, q: Array, skip: Array, grid: Any) -> tup
 
 
 def _group(part: _Rows, weights: Array, q: Array, steps: Array, grid: Any) -> Array:
-    """[GROUP, k] q after a step for each of the first samples of a group, one after another."""
-    gram = part.cost[:, None] * contract(part.features, part.features, 1, 1)
-    z = contract(part.features, weights, 1, 1) + part.margin.T
+    """[k, GROUP] q after a step for each of the first samples of a group, one after another."""
+    z = contract(weights, part.features, 1, 1) + part.margin
+    gram, order = contract(part.features, part.features, 1, 1), jnp.arange(GROUP, dtype=jnp.int32)
+    rounded = None if grid is None else lambda new, t: _rounded(new, part.cost[t], part.margin[:, t] == 0.0, grid)
+    return visited(gram, part.cost, z, q, order, steps, rounded)
+
+
+def visited(gram: Array, cost: Array, z: Array, q: Array, order: Array, steps: Array, rounded: Any = None) -> Array:
+    """Take a step for some samples of a group, one after another.
+
+    Args:
+        gram: [b, b] products of their features.
+        cost: [b].
+        z: [k, b] scores with the margin; what is the same for all classes of a sample does not matter.
+        q: [k, b], in this precision or a wider one.
+        order: [b] int32, whose turn it is.
+        steps: scalar int32, how many of them have one.
+        rounded: (new q [k], place) -> the one to take.
+
+    Returns:
+        [k, b] the new q.
+    """
     # A sample without features moves no score: it goes all the way to the classes that lead.
-    pace = 1.0 / jnp.maximum(part.cost * part.square, SMALLEST)
+    pace = 1.0 / jnp.maximum(cost * jnp.diagonal(gram), SMALLEST)
+    # With few classes every step corrects all scores; with many, steps are kept, and scores corrected at their turn.
+    at_once = z.shape[0] <= FEW_CLASSES
 
     def one(t: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        z, q = carry
-        new = _nearest(q[t] + pace[t] * z[t])
-        if grid is not None:
-            new = _rounded(new, part.cost[t], part.margin[:, t] == 0.0, grid)
-        z = z - gram[t][:, None] * (new - q[t])[None, :]
-        return z, q.at[t].set(new)
+        track, q = carry
+        i = order[t]
+        mine = track[:, i] if at_once else z[:, i] - contract(gram[i], track, 0, 0)
+        new = _stepped(q[:, i], pace[i] * mine)
+        if rounded is not None:
+            new = rounded(new, i)
+        step = cost[i] * (new - q[:, i]).astype(z.dtype)
+        track = track - step[:, None] * gram[i][None, :] if at_once else track.at[i].set(step)
+        return track, q.at[:, i].set(new)
 
-    return lax.fori_loop(jnp.asarray(0, jnp.int32), steps, one, (z, q))[1]
+    track = z if at_once else jnp.zeros_like(z.T)
+    return lax.fori_loop(jnp.asarray(0, jnp.int32), steps, one, (track, q))[1]
 
 
-def _nearest(point: Array) -> Array:
-    """The nearest point [k] of the simplex, as `simplex.project` but with a fixed number of steps, which fuse."""
-    shifted = point - jnp.max(point)
-    theta = jnp.maximum((jnp.sum(shifted) - 1.0) / point.shape[0], -1.0)
-    for _ in range(CLIMBS):
-        above = jnp.maximum(shifted - theta, 0.0)
-        excess = jnp.sum(above) - 1.0
-        theta = theta + jnp.maximum(excess, 0.0) / jnp.maximum(jnp.sum((above > 0.0).astype(point.dtype)), 1.0)
-    q = jnp.maximum(shifted - theta, 0.0)
+def _stepped(q: Array, step: Array) -> Array:
+    """The point [k] of the simplex that is nearest to q + step, as by `simplex.project`, from a q in a wider precision.
+
+    It is max(q + step − θ, 0), and max(step − θ, −q) is what q changes by, which is known to as many digits as the step
+    is. Any set of classes that are to stay above zero gives a lower bound of θ: (Σ step inside − Σ q outside) / their
+    number. With few classes, all sets are tried that hold a class and those ahead of it, one of which is right; with
+    many, Michelot's method starts from the classes of q, which are hardly ever far from right.
+    """
+    k, before, step = q.shape[0], q.astype(step.dtype), step - jnp.max(step)
+    if k <= FEW_CLASSES:
+        point = before + step
+        inside = point[None, :] >= point[:, None]
+        total = jnp.sum(jnp.where(inside, step[None, :], -before[None, :]), axis=1)
+        # Not as a cast, which XLA gets wrong here where it does not optimise.
+        theta = jnp.max(total / jnp.sum(jnp.where(inside, 1.0, 0.0).astype(step.dtype), axis=1))
+    else:
+        theta, inside = jnp.asarray(-1.0, step.dtype), before > 0.0
+        for _ in range(CLIMBS):
+            count = jnp.maximum(jnp.sum(jnp.where(inside, 1.0, 0.0).astype(step.dtype)), 1.0)
+            theta = jnp.maximum(theta, jnp.sum(jnp.where(inside, step, -before)) / count)
+            inside = step - theta > -before
+    change = step - theta
+    new = jnp.where(change > -before, jnp.maximum(q + change.astype(q.dtype), 0.0), 0.0)
     # Should the steps not have sufficed, the point is feasible all the same.
-    return q / jnp.sum(q)
+    return new / jnp.sum(new)
 
 
 def _rounded(q: Array, cost: Array, at_label: Array, grid: Any) -> Array:

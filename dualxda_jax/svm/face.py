@@ -25,13 +25,16 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from dualxda_jax.svm import simplex
-from dualxda_jax.svm.problem import Array, Problem, contract, one_hot_of, places
+from dualxda_jax.svm import classwise, simplex
+from dualxda_jax.svm.grouped import Block
+from dualxda_jax.svm.problem import Array, contract, places
 
 PART = 256
 # Part of the residual that is left, the shares of the step that are tried, and the part of the gain that was promised
 # from which on no smaller share is tried.
 FORCING, SHARES, PROMISE = 0.1, (1.0, 0.3, 0.1, 0.03, 0.01), 0.5
+# By Gram matrices so many times the iterations, and at most.
+LONGER, MOST = 4, 300
 # Curvature per squared length that counts as none; how far to go along such a direction, in terms of where the first q
 # ends at zero.
 FLAT, REACHES = 1e-7, (1.0, 4.0, 16.0, 64.0, 256.0, 1024.0)
@@ -59,59 +62,63 @@ class Face(NamedTuple):
     active: Array
 
 
-def improve(
-    problem: Problem, weights: Array, q: Array, limit: Array | int, low: Any = None
-) -> tuple[Array, Array, Array]:
+def improve(block: Block, change: Array, q: Array, limit: Array | int) -> tuple[Array, Array, Array]:
     """Step on the face.
 
     Args:
-        problem: a dense block, features [m, D] with the constant feature among them.
-        weights: [k, D] W(α).
-        q: [k, m], in the precision of the weights.
+        block: the samples.
+        change: [k, D] of W since the block started.
+        q: [k, m], in the precision of the change or a wider one.
         limit: iterations to take at most.
-        low: the precision of conjugate gradients; that of the weights if None.
 
     Returns:
-        Weights and q after the step, and whether it kept its promise: that nothing much was in its way.
+        The change and q after the step, and whether it kept its promise: that nothing much was in its way.
     """
-    face = _face_of(problem, q, low or weights.dtype)
-    labels = one_hot_of(problem.labels[face.order], q.shape[0], weights.dtype)
+    face = _face_of(block, q)
 
     def rows(i: Array) -> Array:
-        mine = lax.dynamic_slice_in_dim(face.order, i * PART, PART)
-        return problem.features[mine].astype(weights.dtype)
+        return block.features[lax.dynamic_slice_in_dim(face.order, i * PART, PART)]
 
     def scores(i: Array, z: Array) -> Array:
-        return lax.dynamic_update_slice_in_dim(z, contract(weights, rows(i), 1, 1), i * PART, 1)
+        return lax.dynamic_update_slice_in_dim(z, contract(change, rows(i), 1, 1), i * PART, 1)
 
     nothing = jnp.asarray(0, jnp.int32)
-    z = lax.fori_loop(nothing, face.parts, scores, jnp.zeros_like(face.q))
     # The gradient in u: the scores at norm 1, the margin with them.
-    z = z + problem.margin.astype(z.dtype) * (1.0 - labels)
-    slope = _balanced(face.active, z / face.norms[None, :])
-    step, flat = _solve(face, slope, limit)
+    z = block.base[:, face.order] + lax.fori_loop(nothing, face.parts, scores, jnp.zeros_like(face.q, change.dtype))
+    slope = _balanced(face.active, z.astype(q.dtype) / face.norms[None, :])
+    step, flat = _step_on(face, slope, limit)
     promised = 0.5 * jnp.sum(slope * step)
-    change, towards, gain = _search(face, slope, face.q, step, jnp.asarray(SHARES, q.dtype), promised)
+    moved, towards, gain = _search(face, slope, face.q, step, jnp.asarray(SHARES, q.dtype), promised)
 
     def follow() -> tuple[Array, Array]:
-        now = face.q + change
+        now = face.q + moved
         rest = slope - _seen(face, towards)
         delta = flat / jnp.where(face.weight > 0.0, face.weight, 1.0)[None, :]
         first = jnp.min(jnp.where(face.active & (delta < 0.0), now / jnp.where(delta < 0.0, -delta, 1.0), jnp.inf))
         reaches = jnp.where(jnp.isfinite(first), first, 0.0) * jnp.asarray(REACHES, q.dtype)
         more, further, _ = _search(face, rest, now, flat, reaches, jnp.asarray(jnp.inf, q.dtype))
-        return change + more, towards + further
+        return moved + more, towards + further
 
-    change, towards = lax.cond(jnp.any(flat != 0.0), follow, lambda: (change, towards))
-    new = q.at[:, jnp.where(face.weight > 0.0, face.order, q.shape[1])].set(face.q + change, mode="drop")
-    if weights.dtype == face.features.dtype:
-        return weights - towards, new, gain >= PROMISE * promised
+    moved, towards = lax.cond(jnp.any(flat != 0.0), follow, lambda: (moved, towards))
+    new = q.at[:, jnp.where(face.weight > 0.0, face.order, q.shape[1])].set(face.q + moved, mode="drop")
+    return change - towards, new, gain >= PROMISE * promised
 
-    def less(i: Array, total: Array) -> Array:
-        part = lax.dynamic_slice_in_dim((face.weight / face.norms)[None, :] * change, i * PART, PART, 1)
-        return total - contract(part, rows(i), 1, 0)
 
-    return lax.fori_loop(nothing, face.parts, less, weights), new, gain >= PROMISE * promised
+def _step_on(face: Face, slope: Array, limit: Array | int) -> tuple[Array, Array]:
+    """As `_solve`, the cheaper way: on a CPU by Gram matrices where they are small, and then with more iterations."""
+    (k, p), width = slope.shape, face.features.shape[1]
+    without = lambda: _solve(face, slope, limit)  # noqa: E731
+    if not classwise.may_pay(p, width, k):
+        return without()
+
+    def choose() -> tuple[Array, Array]:
+        slots = classwise.slots_of(face.active)
+        more = jnp.minimum(LONGER * jnp.asarray(limit, jnp.int32), MOST)
+        by_class = lambda: classwise.solve(face.features, face.active, slots, slope, more, FORCING)  # noqa: E731
+        return lax.cond(classwise.pays(slots, face.parts * PART, width, limit), by_class, without)
+
+    # Hundreds of small products one after another are nothing for an accelerator.
+    return lax.platform_dependent(cpu=choose, default=without)
 
 
 def _seen(face: Face, image: Array) -> Array:
@@ -125,12 +132,11 @@ def _seen(face: Face, image: Array) -> Array:
     return _balanced(face.active, lax.fori_loop(jnp.asarray(0, jnp.int32), face.parts, one, zero))
 
 
-def _face_of(problem: Problem, q: Array, low: Any) -> Face:
-    dtype, m = q.dtype, q.shape[1]
+def _face_of(block: Block, q: Array) -> Face:
+    dtype, (m, width) = block.features.dtype, block.features.shape
     padded = -(-m // PART) * PART
-    cost = problem.cost.astype(dtype)
-    counts = jnp.arange(m, dtype=jnp.int32) < problem.rows
-    free = (jnp.sum(q > 0.0, axis=0, dtype=jnp.int32) > 1) & (cost > 0.0) & counts
+    counts = jnp.arange(m, dtype=jnp.int32) < block.rows
+    free = (jnp.sum(q > 0.0, axis=0, dtype=jnp.int32) > 1) & (block.cost > 0.0) & counts
     total = jnp.sum(free, dtype=jnp.int32)
     order = jnp.pad(places(free, m, 0), (0, padded - m))
     counts = jnp.arange(padded, dtype=jnp.int32) < total
@@ -139,18 +145,18 @@ def _face_of(problem: Problem, q: Array, low: Any) -> Face:
     def lay(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         buffer, norms = carry
         mine = lax.dynamic_slice_in_dim(order, i * PART, PART)
-        x = problem.features[mine].astype(dtype)
+        x = block.features[mine]
         norm = jnp.sqrt(jnp.sum(x * x, axis=1))
         there = lax.dynamic_slice_in_dim(counts, i * PART, PART) & (norm > 0.0)
         x = jnp.where(there[:, None], x / jnp.where(there, norm, 1.0)[:, None], 0.0)
-        buffer = lax.dynamic_update_slice_in_dim(buffer, x.astype(low), i * PART, 0)
+        buffer = lax.dynamic_update_slice_in_dim(buffer, x, i * PART, 0)
         return buffer, lax.dynamic_update_slice_in_dim(norms, jnp.where(there, norm, 0.0), i * PART, 0)
 
-    start = jnp.zeros((padded, problem.features.shape[1]), low), jnp.zeros(padded, dtype)
+    start = jnp.zeros((padded, width), dtype), jnp.zeros(padded, dtype)
     features, norms = lax.fori_loop(jnp.asarray(0, jnp.int32), parts, lay, start)
-    there = norms > 0.0
+    there, norms = norms > 0.0, norms.astype(q.dtype)
     mine = jnp.where(there[None, :], q[:, order], 0.0)
-    weight = jnp.where(there, cost[order] * norms, 0.0)
+    weight = jnp.where(there, block.cost[order].astype(q.dtype) * norms, 0.0)
     return Face(order, parts, features, weight, jnp.where(there, norms, 1.0), mine, mine > 0.0)
 
 

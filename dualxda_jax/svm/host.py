@@ -66,7 +66,10 @@ def solve_on_host(
         state = dataclasses.replace(state, visits=state.visits + 2.0 * data.features.shape[0])
         if bool(info.converged) or not math.isfinite(float(info.gap)) or int(state.epochs) >= config.max_epochs:
             break
-        target, slack = float(next_target(target, config)), slack + 1
+        # Rounding the result to float32 may be all that it fell short by: first round it with care, at the same target.
+        if slack > 0 or by_newton or data.costs.dtype == jnp.float64:
+            target = float(next_target(target, config))
+        slack += 1
     assert best is not None
     report(float(best[1].gap))
     return best[0], dataclasses.replace(best[1], epochs=info.epochs)

@@ -46,7 +46,8 @@ def step(
     """
     data = lowered(problem, low)
     if config.method == "coordinate":
-        moved = block.solve_block(problem, state, target, size, config, data.cost.dtype)
+        dtype = block.sweep_dtype(problem, data.cost.dtype)
+        moved = block.solve_block(problem, state, target, size, config, dtype)
     else:
         moved = working_set.solve_block(problem, state, target, size, config)
     exact = config.method == "coordinate"

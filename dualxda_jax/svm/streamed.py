@@ -37,7 +37,7 @@ from dualxda_jax.types import SolveInfo
 
 # Rows that a slab takes from one place: as many as make reading from a file worth while.
 PIECE = 256
-# Bytes of a number in the two copies that a block is worked with, at most.
+# Bytes of a number in the two copies that Newton's method works with, at most.
 COPIES = 16
 LEAST_ROWS = 64
 
@@ -46,19 +46,20 @@ Places = np.ndarray
 
 def most_rows(data: Data, config: SolverConfig) -> int:
     """Rows that a block may have."""
-    return _rows_for(data, config, data.features.dtype.itemsize + COPIES)
+    d, item = data.features.shape[1], data.features.dtype.itemsize
+    copies = COPIES * d if config.method == "newton" else block.row_bytes(d + 1, data.features.dtype)
+    return _rows_for(data, config, item * d + copies)
 
 
-def _rows_for(data: Data, config: SolverConfig, bytes_each: int) -> int:
-    n, d = data.features.shape
-    limit = device_limit(config)
-    return n if limit is None else min(n, max(limit // (d * bytes_each), LEAST_ROWS))
+def _rows_for(data: Data, config: SolverConfig, row_bytes: int) -> int:
+    n, limit = data.features.shape[0], device_limit(config)
+    return n if limit is None else min(n, max(limit // row_bytes, LEAST_ROWS))
 
 
 def _slabs(data: Data, config: SolverConfig, *, spread: bool) -> Iterator[tuple[Array, Places]]:
     """All rows, as (features [m, d], places [m]); places of n fill up the last slab."""
     n = data.features.shape[0]
-    rows = _rows_for(data, config, 2 * data.features.dtype.itemsize)
+    rows = _rows_for(data, config, 2 * data.features.dtype.itemsize * data.features.shape[1])
     piece = min(PIECE, rows) if spread else rows
     pieces, each = -(-n // piece), rows // piece
     count = -(-pieces // each)
@@ -285,9 +286,8 @@ def _settle(
     problem = problem_from(_part(rows, index), state.weights.shape[0], config)
     every = jnp.arange(index.shape[0], dtype=jnp.int32)
     if config.method == "coordinate":
-        dtype = jnp.float64 if precise else jnp.float32
-        low = block.direction_dtype(problem, dtype)
-        return block.settle(block.gather(problem, every, there, dtype), state, index, there, target, config, low)
+        dtype = block.sweep_dtype(problem, jnp.float64 if precise else jnp.float32)
+        return block.settle(block.gather(problem, every, there, dtype), state, index, there, target, config)
     gathered = working_set.gather(problem, every, there, state.made)
     return working_set.settle(problem, gathered, state, index, target, config)
 

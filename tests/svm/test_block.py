@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dualxda_jax import svm
-from dualxda_jax.svm import coordinate, face, problem, surveys
+from dualxda_jax.svm import coordinate, face, grouped, problem, simplex, surveys
 
 N, D, K = 150, 6, 4
 CONFIG = svm.SolverConfig(method="coordinate", chunk=64)
@@ -68,19 +68,80 @@ def test_a_sweep_visits_one_after_another(rng, x64, spread):
     np.testing.assert_allclose(swept.weights, problem.weights_of(data, swept.simplex), atol=1e-10)
 
 
+@pytest.mark.parametrize("group", [32, 128, 400])
+def test_a_sweep_in_groups_visits_one_after_another(rng, x64, group, monkeypatch):
+    # 150 samples: groups that end with them or overlap, and one that is larger.
+    monkeypatch.setattr(grouped, "GROUP", group)
+    data, weights, q = pose(rng, 0.05)
+    block, nothing = grouped.block_of(data, weights), jnp.zeros_like(weights)
+    swept = grouped.sweep(block, nothing, q, jnp.asarray(-1.0))
+    expected_weights, expected = one_after_another(data, q, range(N))
+    np.testing.assert_allclose(swept.simplex, expected, atol=1e-10)
+    np.testing.assert_allclose(weights + swept.weights, expected_weights, atol=1e-10)
+    # From there on, with the scores of a block that starts there.
+    again = grouped.sweep(grouped.block_of(data, swept.weights), nothing, swept.simplex, jnp.asarray(-1.0))
+    onwards = grouped.sweep(block, swept.weights, swept.simplex, jnp.asarray(-1.0))
+    np.testing.assert_allclose(onwards.simplex, again.simplex, atol=1e-10)
+    np.testing.assert_allclose(onwards.slack, again.slack, rtol=1e-9)
+    assert int(jnp.sum(again.moved)) == int(jnp.sum(data.cost > 0.0))
+
+
+def test_rows_that_do_not_count_stay(rng, x64):
+    data, weights, q = pose(rng, 0.05)
+    data = dataclasses.replace(data, rows=jnp.asarray(70, jnp.int32))
+    swept = grouped.sweep(grouped.block_of(data, weights), jnp.zeros_like(weights), q, jnp.asarray(-1.0))
+    np.testing.assert_array_equal(swept.simplex[:, 70:], q[:, 70:])
+    assert np.any(np.asarray(swept.simplex[:, :70] != q[:, :70]))
+
+
+@pytest.mark.parametrize("k", [2, 4, 16, 17, 50])
+def test_a_step_ends_at_the_nearest_point(rng, x64, k):
+    points = rng.dirichlet(np.full(k, 0.3), 200)
+    points[:50] = np.eye(k)[rng.integers(0, k, 50)]
+    steps = rng.normal(size=(200, k)) * 10.0 ** rng.uniform(-6.0, 1.0, (200, 1))
+    stepped = jax.vmap(coordinate._stepped)(jnp.asarray(points), jnp.asarray(steps))
+    np.testing.assert_allclose(stepped, simplex.project(jnp.asarray(points + steps)), atol=1e-9)
+
+
+def test_small_steps_in_float32_keep_their_digits(rng, x64):
+    points = rng.dirichlet(np.full(K, 2.0), 100)
+    steps = 1e-9 * rng.normal(size=(100, K))
+    stepped = jax.vmap(coordinate._stepped)(jnp.asarray(points), jnp.asarray(steps, jnp.float32))
+    expected = steps - steps.mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(stepped - points, expected, atol=1e-15)
+
+
+def test_sweeps_in_float32_refine_float64(rng, x64):
+    data, _, q = pose(rng, 0.01)
+    low = dataclasses.replace(data, features=data.features.astype(jnp.float32), cost=data.cost.astype(jnp.float32))
+    exact = dataclasses.replace(data, features=low.features)
+    seen, sweep = [], jax.jit(grouped.sweep)
+    for _ in range(6):
+        weights = problem.weights_of(exact, q)
+        seen.append(float(surveys.survey(exact, weights, q, assign=False)["slack"]))
+        block, change = grouped.block_of(low, weights), jnp.zeros(weights.shape, jnp.float32)
+        for _ in range(40):
+            swept = sweep(block, change, q, jnp.asarray(0.0, jnp.float32))
+            change, q = swept.weights, swept.simplex
+        assert change.dtype == jnp.float32 and q.dtype == jnp.float64
+    # Far beyond what scores in float32 could tell.
+    assert seen[-1] < 1e-9 * seen[0]
+
+
 def test_sweeps_and_steps_only_gain(rng, x64):
     data, weights, q = pose(rng, 0.3, scale=3.0)
-    sweep, improve = jax.jit(coordinate.sweep), jax.jit(face.improve, static_argnums=3)
+    block, change = grouped.block_of(data, weights), jnp.zeros_like(weights)
+    sweep, improve = jax.jit(grouped.sweep), jax.jit(face.improve, static_argnums=3)
     value, gained = dual(data, q), 0
     for _ in range(12):
-        swept = sweep(data, weights, q, jnp.asarray(0.0))
+        swept = sweep(block, change, q, jnp.asarray(0.0))
         after = dual(data, swept.simplex)
         assert after >= value - 1e-12
-        weights, q, _ = improve(data, swept.weights, swept.simplex, K * D)
+        change, q, _ = improve(block, swept.weights, swept.simplex, K * D)
         value = dual(data, q)
         assert value >= after - 1e-12
         gained += value > after + 1e-9
-        np.testing.assert_allclose(weights, problem.weights_of(data, q), atol=1e-9)
+        np.testing.assert_allclose(weights + change, problem.weights_of(data, q), atol=1e-9)
         np.testing.assert_allclose(q.sum(axis=0), 1.0, atol=1e-12)
         assert float(q.min()) >= 0.0
     assert gained > 3
@@ -91,11 +152,13 @@ def test_flat_directions_are_followed_to_the_border(rng, x64):
     data, _, _ = pose(rng, 1.0)
     data = dataclasses.replace(data, features=data.features[:, :2] * 30.0, offset=jnp.zeros((K, 2)))
     q = jnp.full((K, N), 1.0 / K)
-    before = dual(data, q)
-    weights, new, _ = jax.jit(face.improve, static_argnums=3)(data, problem.weights_of(data, q), q, 2 * K)
+    before, weights = dual(data, q), problem.weights_of(data, q)
+    change, new, _ = jax.jit(face.improve, static_argnums=3)(
+        grouped.block_of(data, weights), jnp.zeros_like(weights), q, 2 * K
+    )
     assert dual(data, new) > before
     assert int(jnp.sum(new == 0.0)) > 0
-    np.testing.assert_allclose(weights, problem.weights_of(data, new), atol=1e-8)
+    np.testing.assert_allclose(weights + change, problem.weights_of(data, new), atol=1e-8)
 
 
 def test_dual_variables_on_a_grid(rng, x64):

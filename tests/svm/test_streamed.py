@@ -64,11 +64,13 @@ def test_little_lies_on_the_device(problem, monkeypatch):
     assert 0 < most[0] <= LIMIT < features.nbytes / 5
 
 
-def test_block_has_room_for_its_copies(problem):
+@pytest.mark.parametrize(("method", "copies"), [("newton", 2 * 8 * D), ("coordinate", 4 * (3 * (D + 1) + 128))])
+def test_block_has_room_for_its_copies(problem, method, copies):
     features, labels = problem
     data = streamed.Data(features, jnp.asarray(labels), jnp.ones(N), jnp.ones(()))
-    rows = streamed.most_rows(data, config())
-    assert rows * D * (4 + 8 + 8) <= LIMIT
+    rows = streamed.most_rows(data, config(5 * LIMIT, method))
+    assert rows > streamed.LEAST_ROWS
+    assert rows * (4 * D + copies) <= 5 * LIMIT
 
 
 def test_memory_mapped_file(problem, tmp_path):
