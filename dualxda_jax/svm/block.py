@@ -27,8 +27,8 @@ SKIP = 0.02
 # A block leaves this part of the slack that it finds, less where it is calm: where hardly any of its samples has to
 # leave the class that it is on, so that few others will. Where that is almost enough, it goes all the way.
 REDUCTION, CALM_REDUCTION, ALMOST, ENOUGH = 0.3, 0.03, 4.0, 0.4
-# Rows of a block for every undecided sample.
-ROOM = 1.2
+# Rows of a block for every undecided sample, and at least.
+ROOM, LEAST = 1.2, 256
 # Iterations of a step on the face: of the first one, at most, and the sweeps that the longest may be worth. A sweep is
 # worth one iteration, and SLOWER / width more for all that is not in its products.
 ITERATIONS, MOST_ITERATIONS, WORTH, SLOWER = 16, 300, 9, 5500.0
@@ -159,7 +159,7 @@ def choose(costs: Array, state: SolverState, size: int, config: SolverConfig) ->
     """[size] places of the samples to solve for, and which of them count: the leading ones."""
     index, valid = working_set.least_decided(costs, state, size)
     wanted = jnp.minimum((ROOM * state.undecided.astype(jnp.float32)).astype(jnp.int32), size)
-    valid = valid & (jnp.arange(size, dtype=jnp.int32) < jnp.maximum(wanted, min(config.block, size)))
+    valid = valid & (jnp.arange(size, dtype=jnp.int32) < jnp.maximum(wanted, min(config.block, size, LEAST)))
     # In no order: neighbours in rank want the same of W.
     shuffle = jnp.asarray(np.random.default_rng(0).permutation(size).astype(np.int32))
     index, valid = index[shuffle], valid[shuffle]

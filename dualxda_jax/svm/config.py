@@ -25,7 +25,7 @@ class SolverConfig:
         growth: its growth each time that the anchor moves.
         accuracy: the part of the gap that the inner problem may leave before the anchor moves.
         max_newton: Newton steps of a block, and before an inner problem counts as too hard.
-        block: samples to solve for at once at least; the others are held fixed meanwhile.
+        block: samples that there is room for at least to solve for at once; the others are held fixed meanwhile.
         method: how a block is solved. "coordinate": coordinate ascent with steps on the face, sequential but lean, for
             CPUs; "newton": semismooth Newton on the augmented Lagrangian, a few large products, for accelerators;
             "auto": by the device that the features are on, and "newton" where they are spread over several.

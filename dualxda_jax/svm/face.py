@@ -76,16 +76,15 @@ def improve(block: Block, change: Array, q: Array, limit: Array | int) -> tuple[
     """
     face = _face_of(block, q)
 
-    def rows(i: Array) -> Array:
-        return block.features[lax.dynamic_slice_in_dim(face.order, i * PART, PART)]
+    def gradient(i: Array, slope: Array) -> Array:
+        """In u: the scores at norm 1, the margin with them."""
+        order = lax.dynamic_slice_in_dim(face.order, i * PART, PART)
+        z = block.base[:, order] + contract(change, block.features[order], 1, 1)
+        active, norms = _part(face.active, i), lax.dynamic_slice_in_dim(face.norms, i * PART, PART)
+        mine = _balanced(active, z.astype(q.dtype) / norms[None, :])
+        return lax.dynamic_update_slice_in_dim(slope, mine, i * PART, 1)
 
-    def scores(i: Array, z: Array) -> Array:
-        return lax.dynamic_update_slice_in_dim(z, contract(change, rows(i), 1, 1), i * PART, 1)
-
-    nothing = jnp.asarray(0, jnp.int32)
-    # The gradient in u: the scores at norm 1, the margin with them.
-    z = block.base[:, face.order] + lax.fori_loop(nothing, face.parts, scores, jnp.zeros_like(face.q, change.dtype))
-    slope = _balanced(face.active, z.astype(q.dtype) / face.norms[None, :])
+    slope = _over(face, gradient, jnp.zeros_like(face.q))
     step, flat = _step_on(face, slope, limit)
     promised = 0.5 * jnp.sum(slope * step)
     moved, towards, gain = _search(face, slope, face.q, step, jnp.asarray(SHARES, q.dtype), promised)
@@ -100,8 +99,13 @@ def improve(block: Block, change: Array, q: Array, limit: Array | int) -> tuple[
         return moved + more, towards + further
 
     moved, towards = lax.cond(jnp.any(flat != 0.0), follow, lambda: (moved, towards))
-    new = q.at[:, jnp.where(face.weight > 0.0, face.order, q.shape[1])].set(face.q + moved, mode="drop")
-    return change - towards, new, gain >= PROMISE * promised
+
+    def put(i: Array, q: Array) -> Array:
+        order, weight = (lax.dynamic_slice_in_dim(a, i * PART, PART) for a in (face.order, face.weight))
+        place = jnp.where(weight > 0.0, order, q.shape[1])
+        return q.at[:, place].set(_part(face.q, i) + _part(moved, i), mode="drop")
+
+    return change - towards, _over(face, put, q), gain >= PROMISE * promised
 
 
 def _step_on(face: Face, slope: Array, limit: Array | int) -> tuple[Array, Array]:
@@ -125,11 +129,25 @@ def _seen(face: Face, image: Array) -> Array:
     """[k, p] what Σ u_i ⊗ x_i = image changes in the slope."""
 
     def one(i: Array, out: Array) -> Array:
-        x = lax.dynamic_slice_in_dim(face.features, i * PART, PART)
-        return lax.dynamic_update_slice_in_dim(out, contract(image, x, 1, 1).astype(out.dtype), i * PART, 1)
+        seen = contract(image, _rows(face, i), 1, 1).astype(out.dtype)
+        return lax.dynamic_update_slice_in_dim(out, seen, i * PART, 1)
 
-    zero = jnp.zeros_like(face.q)
-    return _balanced(face.active, lax.fori_loop(jnp.asarray(0, jnp.int32), face.parts, one, zero))
+    return _balanced(face.active, _over(face, one, jnp.zeros_like(face.q)))
+
+
+def _over(face: Face, body: Any, carry: Any) -> Any:
+    """Fold `body(i, carry)` over the parts that hold free samples."""
+    return lax.fori_loop(jnp.asarray(0, jnp.int32), face.parts, body, carry)
+
+
+def _part(values: Array, i: Array) -> Array:
+    """Columns [k, PART] of part i."""
+    return lax.dynamic_slice_in_dim(values, i * PART, PART, 1)
+
+
+def _rows(face: Face, i: Array) -> Array:
+    """Features [PART, D] of part i."""
+    return lax.dynamic_slice_in_dim(face.features, i * PART, PART)
 
 
 def _face_of(block: Block, q: Array) -> Face:
@@ -142,22 +160,24 @@ def _face_of(block: Block, q: Array) -> Face:
     counts = jnp.arange(padded, dtype=jnp.int32) < total
     parts = (total + PART - 1) // PART
 
-    def lay(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        buffer, norms = carry
+    def lay(i: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         mine = lax.dynamic_slice_in_dim(order, i * PART, PART)
         x = block.features[mine]
         norm = jnp.sqrt(jnp.sum(x * x, axis=1))
         there = lax.dynamic_slice_in_dim(counts, i * PART, PART) & (norm > 0.0)
         x = jnp.where(there[:, None], x / jnp.where(there, norm, 1.0)[:, None], 0.0)
-        buffer = lax.dynamic_update_slice_in_dim(buffer, x, i * PART, 0)
-        return buffer, lax.dynamic_update_slice_in_dim(norms, jnp.where(there, norm, 0.0), i * PART, 0)
+        wide = norm.astype(q.dtype)
+        weight = jnp.where(there, block.cost[mine].astype(q.dtype) * wide, 0.0)
+        parts = (x, weight, jnp.where(there, wide, 1.0), jnp.where(there[None, :], q[:, mine], 0.0))
+        axes = (0, 0, 0, 1)
+        return tuple(
+            lax.dynamic_update_slice_in_dim(a, b, i * PART, axis) for a, b, axis in zip(carry, parts, axes, strict=True)
+        )
 
-    start = jnp.zeros((padded, width), dtype), jnp.zeros(padded, dtype)
-    features, norms = lax.fori_loop(jnp.asarray(0, jnp.int32), parts, lay, start)
-    there, norms = norms > 0.0, norms.astype(q.dtype)
-    mine = jnp.where(there[None, :], q[:, order], 0.0)
-    weight = jnp.where(there, block.cost[order].astype(q.dtype) * norms, 0.0)
-    return Face(order, parts, features, weight, jnp.where(there, norms, 1.0), mine, mine > 0.0)
+    start = jnp.zeros((padded, width), dtype), jnp.zeros(padded, q.dtype), jnp.ones(padded, q.dtype)
+    start = *start, jnp.zeros((q.shape[0], padded), q.dtype)
+    features, weight, norms, mine = lax.fori_loop(jnp.asarray(0, jnp.int32), parts, lay, start)
+    return Face(order, parts, features, weight, norms, mine, mine > 0.0)
 
 
 def _balanced(active: Array, values: Array) -> Array:
@@ -176,15 +196,13 @@ def _solve(face: Face, slope: Array, limit: Array | int) -> tuple[Array, Array]:
 
         def one(i: Array, carry: Any) -> Any:
             u, r, p, seen, square = carry
-            take = lambda a: lax.dynamic_slice_in_dim(a, i * PART, PART, 1)  # noqa: E731
             put = lambda a, b: lax.dynamic_update_slice_in_dim(a, b, i * PART, 1)  # noqa: E731
-            x = lax.dynamic_slice_in_dim(face.features, i * PART, PART)
-            mine = take(r) - share * _balanced(take(face.active), contract(image, x, 1, 1))
-            u = put(u, take(u) + share * take(p))
+            x = _rows(face, i)
+            mine = _part(r, i) - share * _balanced(_part(face.active, i), contract(image, x, 1, 1))
+            u = put(u, _part(u, i) + share * _part(p, i))
             return u, put(r, mine), p, seen + contract(mine, x, 1, 0), square + jnp.sum(mine * mine)
 
-        zero = jnp.zeros((), image.dtype)
-        return lax.fori_loop(jnp.asarray(0, jnp.int32), face.parts, one, (*state, jnp.zeros_like(image), zero))
+        return _over(face, one, (*state, jnp.zeros_like(image), jnp.zeros((), image.dtype)))
 
     def unfinished(state: Any) -> Array:
         *_, square, i = state
@@ -223,24 +241,25 @@ def _search(
         shares: [t] to try, one after another until one keeps the promise.
         promised: scalar, what the whole step would gain if nothing were in its way.
     """
-    weight = face.weight[None, :]
-    delta = step / jnp.where(weight > 0.0, weight, 1.0)
-    inside = jnp.any(face.active, axis=0, keepdims=True)
 
     def attempt(state: Any) -> Any:
         best, change, image, j = state
-        point = jnp.where(face.active, q + shares[j] * delta, -jnp.inf)
-        # Columns beyond the free ones have no active class.
-        moved = jnp.where(face.active, simplex.project(jnp.where(inside, point, 0.0), axis=0) - q, 0.0)
 
-        low = (weight * moved).astype(face.features.dtype)
+        def add(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            moved, seen, rise = carry
+            old, active = _part(q, i), _part(face.active, i)
+            weight = lax.dynamic_slice_in_dim(face.weight, i * PART, PART)[None, :]
+            point = old + shares[j] * _part(step, i) / jnp.where(weight > 0.0, weight, 1.0)
+            # Columns beyond the free ones have no active class.
+            inside = jnp.any(active, axis=0, keepdims=True)
+            point = simplex.project(jnp.where(inside, jnp.where(active, point, -jnp.inf), 0.0), axis=0)
+            mine = jnp.where(active, point - old, 0.0)
+            seen = seen + contract((weight * mine).astype(seen.dtype), _rows(face, i), 1, 0)
+            rise = rise + jnp.sum(_part(slope, i) * weight * mine)
+            return lax.dynamic_update_slice_in_dim(moved, mine, i * PART, 1), seen, rise
 
-        def add(i: Array, total: Array) -> Array:
-            x = lax.dynamic_slice_in_dim(face.features, i * PART, PART)
-            return total + contract(lax.dynamic_slice_in_dim(low, i * PART, PART, 1), x, 1, 0)
-
-        seen = lax.fori_loop(jnp.asarray(0, jnp.int32), face.parts, add, jnp.zeros_like(image))
-        rise, square = jnp.sum(slope * weight * moved), jnp.sum(seen * seen).astype(slope.dtype)
+        moved, seen, rise = _over(face, add, (jnp.zeros_like(step), jnp.zeros_like(image), zero))
+        square = jnp.sum(seen * seen).astype(slope.dtype)
         length = jnp.clip(rise / jnp.where(square > 0.0, square, 1.0), 0.0, 1.0)
         gain = length * rise - 0.5 * length * length * square
         pick = lambda new, old: jnp.where(gain > best, new, old)  # noqa: E731

@@ -250,9 +250,12 @@ def from_coefficients(coefficients: Array, labels: Array, cost: Array) -> Array:
     """[k, n] q of the nearest feasible dual variables [n, k]: what is outside of the box is brought in."""
     alpha = coefficients.T
     at_label = one_hot_of(labels, alpha.shape[0], jnp.bool_)
-    others = jnp.where(at_label, 0.0, jnp.maximum(-alpha, 0.0)) / jnp.where(cost > 0.0, cost, 1.0)[None, :]
-    others = jnp.where((cost > 0.0)[None, :], others / jnp.maximum(jnp.sum(others, axis=0, keepdims=True), 1.0), 0.0)
-    return jnp.where(at_label, jnp.maximum(1.0 - jnp.sum(others, axis=0, keepdims=True), 0.0), others)
+    # Divided by once for a sample rather than for each of its classes.
+    per = jnp.where(cost > 0.0, 1.0 / jnp.where(cost > 0.0, cost, 1.0), 0.0)
+    others = jnp.where(at_label, 0.0, jnp.maximum(-alpha, 0.0)) * per[None, :]
+    total = jnp.sum(others, axis=0)
+    others = others * (1.0 / jnp.maximum(total, 1.0))[None, :]
+    return jnp.where(at_label, (1.0 - jnp.minimum(total, 1.0))[None, :], others)
 
 
 def places(chosen: Array, size: int, fill: int) -> Array:
