@@ -174,8 +174,8 @@ def _face_of(block: Block, q: Array) -> Face:
             lax.dynamic_update_slice_in_dim(a, b, i * PART, axis) for a, b, axis in zip(carry, parts, axes, strict=True)
         )
 
-    start = jnp.zeros((padded, width), dtype), jnp.zeros(padded, q.dtype), jnp.ones(padded, q.dtype)
-    start = *start, jnp.zeros((q.shape[0], padded), q.dtype)
+    rows, columns = jnp.zeros((padded, width), dtype), jnp.zeros((q.shape[0], padded), q.dtype)
+    start = rows, jnp.zeros(padded, q.dtype), jnp.ones(padded, q.dtype), columns
     features, weight, norms, mine = lax.fori_loop(jnp.asarray(0, jnp.int32), parts, lay, start)
     return Face(order, parts, features, weight, norms, mine, mine > 0.0)
 
