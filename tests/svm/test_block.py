@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dualxda_jax import svm
-from dualxda_jax.svm import coordinate, face, grouped, problem, simplex, surveys
+from dualxda_jax.svm import block, coordinate, face, grouped, problem, simplex, surveys
 
 N, D, K = 150, 6, 4
 CONFIG = svm.SolverConfig(method="coordinate", chunk=64)
@@ -187,3 +187,17 @@ def test_float64_features_beyond_float32(rng, x64):
     features, labels = make(rng, 1e25)
     solution = svm.solve(features, labels, num_classes=K, cost=1e-52)
     assert bool(solution.info.converged)
+
+
+@pytest.mark.parametrize(("undecided", "held"), [(10, 256), (400, 480), (2000, 1024)])
+def test_a_block_holds_what_there_is_to_decide(rng, undecided, held):
+    n = 2000
+    labels = jnp.asarray(rng.integers(0, K, n).astype(np.int32))
+    state = svm.init(jnp.asarray(rng.normal(size=(n, D)), jnp.float32), labels, num_classes=K, cost=1.0, config=CONFIG)
+    which = rng.permutation(n)[:undecided]
+    lead = jnp.ones(n, jnp.float32).at[which].set(-1.0)
+    state = dataclasses.replace(state, lead=lead, norms=jnp.ones(n, jnp.float32))
+    index, there = block.choose(jnp.ones(n), state, 1024, CONFIG)
+    chosen = np.asarray(index)[np.asarray(there)]
+    assert len(set(chosen.tolist())) == len(chosen) == held
+    assert int(np.isin(chosen, which).sum()) == min(undecided, held)
