@@ -98,10 +98,7 @@ def _rows(problem: Problem, take: Any, counts: Array, k: int, dtype: Any) -> _Ro
 def _chunk(rows: _Rows, weights: Array, q: Array, skip: Array, grid: Any) -> tuple[Array, Array, Array, Array]:
     """(weights, q, slack before, samples visited) of a chunk."""
     z = contract(weights, rows.features, 1, 1) + rows.margin
-    highest = jnp.max(z, axis=0)
-    slack = jnp.sum(rows.cost * jnp.sum(q * (highest[None, :] - z), axis=0))
-    behind = highest - jnp.min(jnp.where(q > 0.0, z, jnp.inf), axis=0)
-    moving = (behind > skip) & (rows.cost > 0.0)
+    slack, moving = movers(z, q, rows.cost, skip)
     if grid is not None:
         moving = moving | ((jnp.sum(q > 0.0, axis=0, dtype=jnp.int32) > 1) & (rows.cost > 0.0))
     size = moving.shape[0]
@@ -122,6 +119,14 @@ def _chunk(rows: _Rows, weights: Array, q: Array, skip: Array, grid: Any) -> tup
     groups = (count + GROUP - 1) // GROUP
     weights, q = lax.fori_loop(jnp.asarray(0, jnp.int32), groups, group, (weights, q))
     return weights, q, slack, count
+
+
+def movers(z: Array, q: Array, cost: Array, skip: Array) -> tuple[Array, Array]:
+    """The slack of samples with scores z [k, b], and which [b] of them are to be visited, see `sweep`."""
+    highest = jnp.max(z, axis=0)
+    slack = jnp.sum(cost * jnp.sum(q.astype(z.dtype) * (highest[None, :] - z), axis=0))
+    behind = highest - jnp.min(jnp.where(q > 0.0, z, jnp.inf), axis=0)
+    return slack, (behind > skip) & (cost > 0.0)
 
 
 def _group(part: _Rows, weights: Array, q: Array, steps: Array, grid: Any) -> Array:

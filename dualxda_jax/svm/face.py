@@ -168,11 +168,9 @@ def _face_of(block: Block, q: Array) -> Face:
         x = jnp.where(there[:, None], x / jnp.where(there, norm, 1.0)[:, None], 0.0)
         wide = norm.astype(q.dtype)
         weight = jnp.where(there, block.cost[mine].astype(q.dtype) * wide, 0.0)
-        parts = (x, weight, jnp.where(there, wide, 1.0), jnp.where(there[None, :], q[:, mine], 0.0))
-        axes = (0, 0, 0, 1)
-        return tuple(
-            lax.dynamic_update_slice_in_dim(a, b, i * PART, axis) for a, b, axis in zip(carry, parts, axes, strict=True)
-        )
+        laid = (x, weight, jnp.where(there, wide, 1.0), jnp.where(there[None, :], q[:, mine], 0.0))
+        put = lambda a, b, axis: lax.dynamic_update_slice_in_dim(a, b, i * PART, axis)  # noqa: E731
+        return tuple(map(put, carry, laid, (0, 0, 0, 1)))
 
     rows, columns = jnp.zeros((padded, width), dtype), jnp.zeros((q.shape[0], padded), q.dtype)
     start = rows, jnp.zeros(padded, q.dtype), jnp.ones(padded, q.dtype), columns

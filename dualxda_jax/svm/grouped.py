@@ -95,10 +95,7 @@ def sweep(block: Block, change: Array, simplex: Array, skip: Array) -> coordinat
         cost = jnp.where(counts, lax.dynamic_slice_in_dim(block.cost, start, size), 0.0)
         old = lax.dynamic_slice_in_dim(carry.simplex, start, size, 1)
         z = lax.dynamic_slice_in_dim(block.base, start, size, 1) + contract(carry.weights, x, 1, 1)
-        highest = jnp.max(z, axis=0)
-        slack = jnp.sum(cost * jnp.sum(old.astype(z.dtype) * (highest[None, :] - z), axis=0))
-        behind = highest - jnp.min(jnp.where(old > 0.0, z, jnp.inf), axis=0)
-        moving = (behind > skip) & (cost > 0.0)
+        slack, moving = coordinate.movers(z, old, cost, skip)
         count = jnp.sum(moving, dtype=jnp.int32)
 
         def moved() -> tuple[Array, Array]:
