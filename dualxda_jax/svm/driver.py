@@ -106,7 +106,12 @@ def begin(data: Data, start: Start | None, num_classes: int, config: SolverConfi
     if by_newton:
         weights, penalty, visits = working_set.weights_from_sample(problem, least_block(config), config)
         return working_set.begin(problem, jnp.zeros((k, n), jnp.float64), weights, penalty, visits, config, assign=True)
-    dtype = result_dtype(data.features)
+    return _swept(problem, jnp.zeros_like(problem.offset), nothing, none, config)
+
+
+def _swept(problem: Problem, weights: Array, simplex: Array, visits: Array, config: SolverConfig) -> SolverState:
+    """The state after sweeps over all samples, as long as many of them move."""
+    n, dtype = problem.count, result_dtype(problem.features)
 
     def sweep(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
         weights, q, _, i = carry
@@ -118,28 +123,38 @@ def begin(data: Data, start: Start | None, num_classes: int, config: SolverConfi
         many = ~rounds_of.few(moved, n) & (i < min(rounds_of.MOST_SWEEPS, config.max_epochs))
         return many | (i < min(rounds_of.LEAST_SWEEPS, config.max_epochs))
 
-    first = (jnp.zeros_like(problem.offset, dtype), nothing.astype(dtype), jnp.int32(n), jnp.int32(0))
+    first = (weights.astype(dtype), simplex.astype(dtype), jnp.int32(n), jnp.int32(0))
     _, q, _, i = lax.while_loop(unfinished, sweep, first)
-    return rounds_of.state_at(problem, q, i.astype(jnp.float64) * n, config)
+    return rounds_of.state_at(problem, q, visits + i.astype(jnp.float64) * n, config)
 
 
 def _warm(problem: Problem, start: Start, config: SolverConfig, low: Any) -> SolverState:
-    """From a solution: its dual variables or the classes that its weights put first, whichever have the smaller gap.
+    """From a solution: its dual variables, brought into the box.
 
-    At the cost that it was found at, the dual variables are better; at another, most of them are at the wrong bound.
+    Newton's method takes the classes that its weights put first instead where their gap is the smaller one: at the cost
+    that it was found at, the dual variables are better; at another, most of them are at the wrong bound. To a method
+    that goes by W(α), such classes are of no use: each sample may be right, and their sum is far off.
     """
     q = from_coefficients(start.coefficients.astype(jnp.float64), problem.labels, problem.cost)
+    none = jnp.zeros((), jnp.float64)
+    if config.method != "newton":
+        return rounds_of.state_at(problem, q, none, config, low, screened=low is not None)
+    data, given = rounds_of.lowered(problem, low), start.weights.astype(jnp.float64)
     penalty = working_set.first_penalty(problem, config)
-    given, none = start.weights.astype(jnp.float64), jnp.zeros((), jnp.float64)
-    data = rounds_of.lowered(problem, low)
     kept = working_set.begin(data, q, given, penalty, none, config, assign=False)
     led = working_set.begin(data, q, given, penalty, kept.visits, config, assign=True)
     kept = dataclasses.replace(kept, visits=led.visits)
     better = led.gap < kept.gap
     best: SolverState = jax.tree.map(lambda a, b: jnp.where(better, a, b), led, kept)
-    if config.method == "newton":
-        return best
-    return rounds_of.state_at(problem, best.simplex, best.visits, config, low, screened=low is not None)
+    return best
+
+
+def _swept_on(problem: Problem, state: SolverState, config: SolverConfig) -> SolverState:
+    """A state from a solution, with sweeps over all samples where too many are undecided for a block."""
+    if problem.count <= least_block(config):
+        return state
+    go_on = lambda: _swept(problem, *rounds_of.sweeps_from(state, problem.labels), state.visits, config)  # noqa: E731
+    return lax.cond(rounds_of.few(state.undecided, problem.count), lambda: state, go_on)
 
 
 def info_of(primal: Array, gap: Array, epochs: Array, config: SolverConfig, dtype: Any) -> SolveInfo:
@@ -219,6 +234,8 @@ def _solve_traced(
     n, dtype = problem.count, result_dtype(data.features)
     size = min(n, max(NEWTON_BLOCKS * config.block, -(-n // 8)))
     state = begin(data, start, num_classes, config)
+    if start is not None and config.method == "coordinate":
+        state = _swept_on(problem, state, config)
 
     by_newton = dataclasses.replace(config, method="newton")
     none = jnp.asarray(0, jnp.int32)

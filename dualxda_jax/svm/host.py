@@ -50,6 +50,8 @@ def solve_on_host(
     if start is not None or data.features.shape[0] <= least_block(config):
         precise = start is None or data.features.dtype == jnp.float64
         state = run.first_state(data, start, num_classes=num_classes, config=config, precise=precise)
+        if start is not None and not by_newton and _many(data, state, config):
+            state = _swept(data, *rounds_of.sweeps_from(state, data.labels), float(state.visits), config)
     else:
         state = first(data, num_classes, config)
     size = min(run.most_rows(data, config), least_block(config))
@@ -75,21 +77,31 @@ def solve_on_host(
     return best[0], dataclasses.replace(best[1], epochs=info.epochs)
 
 
+def _many(data: Data, state: SolverState, config: SolverConfig) -> bool:
+    """Whether so many samples are undecided that sweeps over all come before the first block."""
+    n = data.features.shape[0]
+    return n > least_block(config) and not rounds_of.few(int(state.undecided), n)
+
+
 def _with_slack(data: Data, slack: int, config: SolverConfig) -> Data:
     return data._replace(margin=margin_for(slack, config, data.costs.dtype))
 
 
 def _swept_start(data: Data, num_classes: int, config: SolverConfig) -> SolverState:
-    (n, d), run = data.features.shape, programs_for(data, config)
-    given = {"num_classes": num_classes, "config": config}
-    weights = jnp.zeros((num_classes, d + (config.intercept_scaling != 0.0)), jnp.float32)
-    q = one_hot_of(data.labels, num_classes, jnp.float32)
-    sweeps = 0
+    d = data.features.shape[1] + (config.intercept_scaling != 0.0)
+    return _swept(data, jnp.zeros((num_classes, d)), one_hot_of(data.labels, num_classes, jnp.float32), 0.0, config)
+
+
+def _swept(data: Data, weights: Array, q: Array, visits: float, config: SolverConfig) -> SolverState:
+    """The state after sweeps over all samples in float32, as long as many of them move."""
+    n, run = data.features.shape[0], programs_for(data, config)
+    given = {"num_classes": q.shape[0], "config": config}
+    weights, q, sweeps = weights.astype(jnp.float32), q.astype(jnp.float32), 0
     for sweeps in range(1, min(rounds_of.MOST_SWEEPS, config.max_epochs) + 1):
         weights, q, _, moved = run.sweep(data, weights, q, **given)
         if sweeps >= rounds_of.LEAST_SWEEPS and rounds_of.few(int(moved), n):
             break
-    return run.state_at(data, q, jnp.asarray(float(sweeps * n)), **given, precise=False)
+    return run.state_at(data, q, jnp.asarray(visits + sweeps * n), **given, precise=False)
 
 
 def _by_coordinates(

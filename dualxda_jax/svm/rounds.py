@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from dualxda_jax.svm import block, coordinate, screening, surveys, working_set
 from dualxda_jax.svm.config import SolverConfig
-from dualxda_jax.svm.problem import Array, Problem, normalised, weights_of
+from dualxda_jax.svm.problem import Array, Problem, normalised, one_hot_of, weights_of
 from dualxda_jax.svm.working_set import GOLDEN, SolverState
 
 # A round by coordinates is poor where the dual rises by less than this part of itself and of the gap, and more than
@@ -105,6 +105,13 @@ def poor(before: SolverState, after: SolverState) -> Array:
     dual = after.primal - after.gap
     little = dual - (before.primal - before.gap) < POOR_RISE * jnp.minimum(after.gap, jnp.abs(dual))
     return little & (after.gap > SETTLING * before.gap)
+
+
+def sweeps_from(state: SolverState, labels: Array) -> tuple[Array, Array]:
+    """W and q for sweeps over all samples to go on from: those of a state, unless zero is the better start."""
+    useful = state.primal - state.gap > 0.0
+    zero = one_hot_of(labels, state.simplex.shape[0], state.simplex.dtype)
+    return jnp.where(useful, state.weights, 0.0), jnp.where(useful, state.simplex, zero)
 
 
 def few(moved: Any, n: int) -> Any:

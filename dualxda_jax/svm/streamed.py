@@ -235,13 +235,12 @@ def first_state(
         q = one_hot_of(data.labels, num_classes, jnp.float64)
         return _begin(data, q, at, none, config, none if exact else None, assign=False, exact=exact)
     q = from_coefficients(start.coefficients.astype(jnp.float64), data.labels, data.costs.astype(jnp.float64))
+    if exact:
+        return state_at(data, q, none, num_classes=num_classes, config=config, precise=True)
     at = start.weights.astype(jnp.float64)
     kept = _begin(data, q, at, none, config, None, assign=False, exact=False)
     led = _begin(data, q, at, kept.visits, config, None, assign=True, exact=False)
-    best = led if float(led.gap) < float(kept.gap) else kept
-    if not exact:
-        return best
-    return state_at(data, best.simplex, led.visits, num_classes=num_classes, config=config, precise=True)
+    return led if float(led.gap) < float(kept.gap) else kept
 
 
 def picked(data: Data, places: Places) -> Data:

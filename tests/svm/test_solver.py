@@ -108,6 +108,25 @@ def test_warm_starts_from_elsewhere(rng):
         svm.solve(features[:10], labels[:10], cost=1e-1, init=before, **given)
 
 
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_warm_starts_from_far_away_are_no_slower_than_cold(rng, wrap):
+    features, labels = make(rng, 3000, 12, 4, 3.0)
+    config = svm.SolverConfig(block=256)
+
+    def fit(labels, cost, init=None):
+        return svm.solve(features, labels, num_classes=4, cost=cost, config=config, init=init)
+
+    warm, cold = wrap(fit), wrap(lambda labels, cost: fit(labels, cost))
+    known, other = cold(labels, 1e-4), rng.permutation(labels)
+    for labels_now, cost in ((labels, 1e-6), (labels, 3e-5), (labels, 3e-4), (labels, 1e-2), (other, 1e-4)):
+        found, anew = warm(labels_now, cost, known), cold(labels_now, cost)
+        assert bool(found.info.converged)
+        assert_feasible(found.coefficients, labels_now, cost)
+        np.testing.assert_allclose(found.info.primal, anew.info.primal, rtol=2e-4)
+        # A look at what it was given is all that a useless start costs.
+        assert int(found.info.epochs) <= int(anew.info.epochs) + 3
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
