@@ -250,7 +250,8 @@ def _solve_traced(
 
             def sweep_on(carry: tuple[SolverState, Array]) -> tuple[SolverState, Array]:
                 new = rounds_of.step(asked, carry[0], target, size, config, screened=screened)
-                return new, carry[1] + rounds_of.poor(carry[0], new).astype(jnp.int32)
+                poor = rounds_of.poor(carry[0].dual, carry[0].gap, new.dual, new.gap)
+                return new, carry[1] + poor.astype(jnp.int32)
 
             well = lambda c: unfinished(c[0], target) & (c[1] < rounds_of.POOR_ROUNDS)  # noqa: E731
             state, _ = lax.while_loop(well, sweep_on, (state, none))

@@ -8,8 +8,9 @@ the gap is wide.
 import dataclasses
 import math
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -31,6 +32,27 @@ ROOM = 1.5
 # A round in float32 has reached what float32 can tell where the dual rose by less than this part of the gap, or where,
 # below the second, more than half of the gap is left; a block aims at 0.3 of it.
 FLOAT32_RISE, FLOAT32_GAP, FLOAT32_FALL = 1e-3, 1e-3, 0.5
+
+
+class Standing(NamedTuple):
+    """What the loop goes by, on the host: relative and absolute gap, dual objective, samples undecided, passes."""
+
+    ratio: float
+    gap: float
+    dual: float
+    undecided: float
+    epochs: float
+
+
+@jax.jit
+def _numbers(state: SolverState) -> Array:
+    ratio, counts = relative(state.gap, state.primal), (state.undecided, state.epochs)
+    return jnp.stack([ratio, state.gap, state.dual, *(a.astype(state.primal.dtype) for a in counts)])
+
+
+def standing(state: SolverState) -> Standing:
+    """Where a state stands, in one transfer."""
+    return Standing(*np.asarray(_numbers(state)).tolist())
 
 
 def programs_for(data: Data, config: SolverConfig) -> ModuleType:
@@ -123,31 +145,31 @@ def _by_coordinates(
 
     if precise:
         state = exactly(state)
-    ratio, exhausted, poor = float(relative(state.gap, state.primal)), False, 0
+    seen, exhausted, poor = standing(state), False, 0
     while True:
-        report(ratio)
-        if poor >= rounds_of.POOR_ROUNDS and ratio <= rounds_of.CLOSE:
+        report(seen.ratio)
+        if poor >= rounds_of.POOR_ROUNDS and seen.ratio <= rounds_of.CLOSE:
             return state, size, slack
         if poor >= rounds_of.POOR_ROUNDS:
             config = dataclasses.replace(config, method="newton")
             state = run.handed_over(data, state, num_classes=state.weights.shape[0], config=config)
             return _by_newton(plain, state, target, size, config, report, slack)
-        if ratio <= target or int(state.epochs) >= config.max_epochs or (math.isnan(ratio) and precise):
+        lost = math.isnan(seen.ratio)
+        if seen.ratio <= target or seen.epochs >= config.max_epochs or (lost and precise):
             return state, size, slack
-        if not precise and (math.isnan(ratio) or exhausted):
+        if not precise and (lost or exhausted):
             slack = max(slack, int(exhausted))
             data = _with_slack(plain, slack, config)
             # What overflows float32 starts anew.
-            state = run.first_state(data, None, **given) if math.isnan(ratio) else exactly(state)
-            ratio, precise = float(relative(state.gap, state.primal)), True
+            state = run.first_state(data, None, **given) if lost else exactly(state)
+            seen, precise = standing(state), True
             continue
-        size = _next_size(int(state.undecided), most, config.block)
-        last, before = state, ratio
-        state, seen, _ = run.one_round(data, state, goal, size=size, config=config, precise=precise)
-        ratio = float(seen)
-        poor += precise and bool(rounds_of.poor(last, state))
-        stuck = float(state.primal - state.gap - last.primal + last.gap) < FLOAT32_RISE * float(state.gap)
-        exhausted = stuck or (ratio < FLOAT32_GAP and ratio > FLOAT32_FALL * before)
+        size, last = _next_size(seen.undecided, most, config.block), seen
+        state, *_ = run.one_round(data, state, goal, size=size, config=config, precise=precise)
+        seen = standing(state)
+        poor += precise and rounds_of.poor(last.dual, last.gap, seen.dual, seen.gap)
+        stuck = seen.dual - last.dual < FLOAT32_RISE * seen.gap
+        exhausted = stuck or (seen.ratio < FLOAT32_GAP and seen.ratio > FLOAT32_FALL * last.ratio)
 
 
 def _sampled_start(data: Data, num_classes: int, config: SolverConfig) -> SolverState:
@@ -192,7 +214,7 @@ def _by_newton(
         size = min(_next_size(int(undecided), most, least_block(config)), max(2 * size, 1))
 
 
-def _next_size(undecided: int, most: int, least: int) -> int:
+def _next_size(undecided: float, most: int, least: int) -> int:
     """Rows that the next block has room for: a power of two times `least`, so that few programs are compiled."""
     wanted = least
     while wanted < ROOM * undecided:

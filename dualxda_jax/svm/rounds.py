@@ -96,20 +96,19 @@ def on_grid(problem: Problem, state: SolverState, grid: Any, places: Array | Non
     return dataclasses.replace(moved, lead=jnp.where(jnp.any(simplex != state.simplex, axis=0), -jnp.inf, lead))
 
 
-def poor(before: SolverState, after: SolverState) -> Array:
-    """Whether a round by coordinates was a poor one.
+def poor(dual_before: Any, gap_before: Any, dual: Any, gap: Any) -> Any:
+    """Whether a round by coordinates was a poor one, by the dual objective and the absolute gap before and after it.
 
     At a large cost the gap is no measure of what the dual has left to gain: far from the solution the primal objective
     at W(α) is out of all proportion, and near it W(α) goes on settling when the dual has next to nothing to gain.
     """
-    dual = after.primal - after.gap
-    little = dual - (before.primal - before.gap) < POOR_RISE * jnp.minimum(after.gap, jnp.abs(dual))
-    return little & (after.gap > SETTLING * before.gap)
+    rise = dual - dual_before
+    return (rise < POOR_RISE * gap) & (rise < POOR_RISE * abs(dual)) & (gap > SETTLING * gap_before)
 
 
 def sweeps_from(state: SolverState, labels: Array) -> tuple[Array, Array]:
     """W and q for sweeps over all samples to go on from: those of a state, unless zero is the better start."""
-    useful = state.primal - state.gap > 0.0
+    useful = state.dual > 0.0
     zero = one_hot_of(labels, state.simplex.shape[0], state.simplex.dtype)
     return jnp.where(useful, state.weights, 0.0), jnp.where(useful, state.simplex, zero)
 

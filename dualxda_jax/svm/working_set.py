@@ -99,6 +99,11 @@ class SolverState:
         return self.slack + self.distance
 
     @property
+    def dual(self) -> Array:
+        """The dual objective at α."""
+        return self.primal - self.gap
+
+    @property
     def undecided(self) -> Array:
         """How many samples are on several classes, or on one that does not lead."""
         return jnp.sum(self.lead < 0.0, dtype=jnp.int32)
