@@ -103,14 +103,14 @@ def _chunk(rows: _Rows, weights: Array, q: Array, skip: Array, grid: Any) -> tup
         moving = moving | ((jnp.sum(q > 0.0, axis=0, dtype=jnp.int32) > 1) & (rows.cost > 0.0))
     size = moving.shape[0]
     count = jnp.sum(moving, dtype=jnp.int32)
-    order = places(moving, -(-size // GROUP) * GROUP, 0)
+    order, before = places(moving, -(-size // GROUP) * GROUP, 0), q
 
     def group(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         weights, q = carry
         local = lax.dynamic_slice_in_dim(order, j * GROUP, GROUP)
         steps = jnp.minimum(GROUP, count - j * GROUP)
         part = _Rows(rows.features[local], rows.cost[local], rows.margin[:, local])
-        old = q[:, local]
+        old = before[:, local]
         new = _group(part, weights, old, steps, grid)
         weights = weights + contract(part.cost[None, :] * (old - new), part.features, 1, 0)
         kept = jnp.where(jnp.arange(GROUP, dtype=jnp.int32) < steps, local, size)
@@ -145,7 +145,7 @@ def visited(gram: Array, cost: Array, z: Array, q: Array, order: Array, steps: A
         cost: [b].
         z: [k, b] scores with the margin; what is the same for all classes of a sample does not matter.
         q: [k, b], in this precision or a wider one.
-        order: [b] int32, whose turn it is.
+        order: [b] int32, whose turn it is, each at most once.
         steps: scalar int32, how many of them have one.
         rounded: (new q [k], place) -> the one to take.
 
@@ -158,15 +158,19 @@ def visited(gram: Array, cost: Array, z: Array, q: Array, order: Array, steps: A
     at_once = z.shape[0] <= FEW_CLASSES
 
     def one(t: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        track, q = carry
-        i = order[t]
-        mine = track[:, i] if at_once else z[:, i] - contract(gram[i], track, 0, 0)
-        new = _stepped(q[:, i], pace[i] * mine)
+        track, moved = carry
+        # Slices, as every index is within bounds: to look whether it is takes longer than a step. The old q comes from
+        # outside of the loop: what a loop both reads and updates is copied each time.
+        i = lax.dynamic_index_in_dim(order, t, keepdims=False)
+        at = lambda a, axis: lax.dynamic_index_in_dim(a, i, axis, keepdims=False)  # noqa: E731
+        reach, old = at(gram, 0), at(q, 1)
+        mine = at(track, 1) if at_once else at(z, 1) - contract(reach, track, 0, 0)
+        new = _stepped(old, at(pace, 0) * mine)
         if rounded is not None:
             new = rounded(new, i)
-        step = cost[i] * (new - q[:, i]).astype(z.dtype)
-        track = track - step[:, None] * gram[i][None, :] if at_once else track.at[i].set(step)
-        return track, q.at[:, i].set(new)
+        step = at(cost, 0) * (new - old).astype(z.dtype)
+        track = track - step[:, None] * reach[None, :] if at_once else lax.dynamic_update_index_in_dim(track, step, i, 0)
+        return track, lax.dynamic_update_index_in_dim(moved, new, i, 1)
 
     track = z if at_once else jnp.zeros_like(z.T)
     return lax.fori_loop(jnp.asarray(0, jnp.int32), steps, one, (track, q))[1]

@@ -151,10 +151,10 @@ def _rows(face: Face, i: Array) -> Array:
 
 
 def _face_of(block: Block, q: Array) -> Face:
-    dtype, (m, width) = block.features.dtype, block.features.shape
+    dtype, m, width = block.features.dtype, q.shape[1], block.features.shape[1]
     padded = -(-m // PART) * PART
     counts = jnp.arange(m, dtype=jnp.int32) < block.rows
-    free = (jnp.sum(q > 0.0, axis=0, dtype=jnp.int32) > 1) & (block.cost > 0.0) & counts
+    free = (jnp.sum(q > 0.0, axis=0, dtype=jnp.int32) > 1) & (block.cost[:m] > 0.0) & counts
     total = jnp.sum(free, dtype=jnp.int32)
     order = jnp.pad(places(free, m, 0), (0, padded - m))
     counts = jnp.arange(padded, dtype=jnp.int32) < total

@@ -19,13 +19,13 @@ GROUP = 128
 
 
 class Block(NamedTuple):
-    """Samples to solve for, the others held fixed; the leading `rows` of them count.
+    """Samples to solve for, the others held fixed; the leading `rows` of them count. Padded to p, that is whole groups.
 
     Attributes:
-        features: [m, D] with the constant feature among them, in the precision to sweep in.
-        cost: [m].
+        features: [p, D] with the constant feature among them, in the precision to sweep in.
+        cost: [p].
         rows: scalar int32.
-        base: [k, m] scores with the margin where the block starts, less the highest of each sample.
+        base: [k, p] scores with the margin where the block starts, less the highest of each sample.
         gram: [g, b, b] products of the features within each group.
     """
 
@@ -46,6 +46,7 @@ def block_of(problem: Problem, weights: Array) -> Block:
     (m, _), k, dtype = problem.features.shape, weights.shape[0], problem.cost.dtype
     size, chunk = min(GROUP, m), min(problem.chunk, m)
     groups = -(-m // size)
+    features = _padded(problem.features, groups * size, 0)
 
     def score(i: Array, base: Array) -> Array:
         start = jnp.minimum(i * chunk, m - chunk)
@@ -55,22 +56,23 @@ def block_of(problem: Problem, weights: Array) -> Block:
         return lax.dynamic_update_slice_in_dim(base, (z - jnp.max(z, axis=0)[None, :]).astype(dtype), start, 1)
 
     def multiply(j: Array, gram: Array) -> Array:
-        x = lax.dynamic_slice_in_dim(problem.features, _start(j, size, m), size)
+        x = lax.dynamic_slice_in_dim(features, j * size, size)
         return gram.at[j].set(contract(x, x, 1, 1))
 
     nothing = jnp.asarray(0, jnp.int32)
-    base = lax.fori_loop(nothing, _parts(problem.rows, chunk), score, jnp.zeros((k, m), dtype))
+    base = lax.fori_loop(nothing, _parts(problem.rows, chunk), score, jnp.zeros((k, groups * size), dtype))
     gram = lax.fori_loop(nothing, _parts(problem.rows, size), multiply, jnp.zeros((groups, size, size), dtype))
-    return Block(problem.features, problem.cost, problem.rows, base, gram)
+    return Block(features, _padded(problem.cost, groups * size, 0), problem.rows, base, gram)
 
 
 def _parts(rows: Array, size: int) -> Array:
     return (rows + size - 1) // size
 
 
-def _start(j: Array, size: int, m: int) -> Array:
-    """Where a group starts: the last one overlaps with the one before rather than reach beyond the end."""
-    return jnp.minimum(j * size, m - size)
+def _padded(values: Array, size: int, axis: int) -> Array:
+    """Values with zeros appended along an axis."""
+    widths = [(0, size - length if i == axis else 0) for i, length in enumerate(values.shape)]
+    return jnp.pad(values, widths)
 
 
 def sweep(block: Block, change: Array, simplex: Array, skip: Array) -> coordinate.Swept:
@@ -85,26 +87,29 @@ def sweep(block: Block, change: Array, simplex: Array, skip: Array) -> coordinat
     Returns:
         The change of W and q after the sweep, and what it saw.
     """
-    m, size = block.features.shape[0], block.gram.shape[1]
+    m, size = simplex.shape[1], block.gram.shape[1]
+    # Each group is visited once, so that what it was is read from outside of the loop: what a loop both reads and
+    # updates is copied each time.
+    before = _padded(simplex, block.features.shape[0], 1)
 
     def visit(j: Array, carry: coordinate.Swept) -> coordinate.Swept:
-        start = _start(j, size, m)
-        place = start + jnp.arange(size, dtype=jnp.int32)
-        counts = (place >= j * size) & (place < block.rows)
+        start = j * size
+        counts = start + jnp.arange(size, dtype=jnp.int32) < block.rows
         x = lax.dynamic_slice_in_dim(block.features, start, size)
         cost = jnp.where(counts, lax.dynamic_slice_in_dim(block.cost, start, size), 0.0)
-        old = lax.dynamic_slice_in_dim(carry.simplex, start, size, 1)
+        old = lax.dynamic_slice_in_dim(before, start, size, 1)
         z = lax.dynamic_slice_in_dim(block.base, start, size, 1) + contract(carry.weights, x, 1, 1)
         slack, moving = coordinate.movers(z, old, cost, skip)
         count = jnp.sum(moving, dtype=jnp.int32)
 
         def moved() -> tuple[Array, Array]:
             new = coordinate.visited(block.gram[j], cost, z, old, places(moving, size, 0), count)
-            weights = carry.weights + contract(cost[None, :] * (old - new).astype(z.dtype), x, 1, 0)
-            return weights, lax.dynamic_update_slice_in_dim(carry.simplex, new, start, 1)
+            return carry.weights + contract(cost[None, :] * (old - new).astype(z.dtype), x, 1, 0), new
 
-        weights, q = lax.cond(count > 0, moved, lambda: (carry.weights, carry.simplex))
+        weights, new = lax.cond(count > 0, moved, lambda: (carry.weights, old))
+        q = lax.dynamic_update_slice_in_dim(carry.simplex, new, start, 1)
         return coordinate.Swept(weights, q, carry.slack + slack, carry.moved + count)
 
-    first = coordinate.Swept(change, simplex, jnp.zeros((), change.dtype), jnp.asarray(0, jnp.int32))
-    return lax.fori_loop(jnp.asarray(0, jnp.int32), _parts(block.rows, size), visit, first)
+    first = coordinate.Swept(change, before, jnp.zeros((), change.dtype), jnp.asarray(0, jnp.int32))
+    swept = lax.fori_loop(jnp.asarray(0, jnp.int32), _parts(block.rows, size), visit, first)
+    return swept._replace(simplex=swept.simplex[:, :m])
