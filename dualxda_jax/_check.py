@@ -42,6 +42,13 @@ def integers(argument: str, array: Any) -> None:
         fail(argument, f"dtype {dtype}", "integers")
 
 
+def numbers(argument: str, array: Any) -> None:
+    """Check that an array holds real numbers (bool does not count)."""
+    dtype = array.dtype if hasattr(array, "dtype") else np.asarray(array).dtype
+    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        fail(argument, f"dtype {dtype}", "real numbers")
+
+
 def key(argument: str, value: Any, *, many: int | None = None) -> None:
     """Check that a value is a typed key; or, where `many` is given, that many of them."""
     if not (hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)):

@@ -72,6 +72,15 @@ class TestCompress:
         model = attribution.compress(features, labels, solution, tolerance=threshold)
         np.testing.assert_array_equal(model.index, np.flatnonzero(largest > threshold))
 
+    def test_scores_still_sum_to_logits_where_rows_are_dropped(self, rng):
+        features, labels, solution = make_problem(rng, scaling=0.5, support=1.0)
+        largest = np.abs(np.asarray(solution.coefficients)).max(1)
+        model = attribution.compress(features, labels, solution, tolerance=float(np.sort(largest)[10]))
+        logits = np.asarray(attribution.logits(model, features[:5]))
+        for c in range(logits.shape[1]):
+            scores = attribution.scores(model, features[:5], np.full(5, c))
+            np.testing.assert_allclose(np.asarray(scores).sum(1), logits[:, c], rtol=1e-4, atol=1e-5)
+
     def test_reads_only_support_rows_of_a_memory_map(self, rng, tmp_path):
         features, labels, solution = make_problem(rng)
         np.save(tmp_path / "features.npy", features)
@@ -122,6 +131,13 @@ class TestCompress:
     def test_bad_tolerance(self, rng, tolerance):
         with pytest.raises(ValueError, match=r"^tolerance: got"):
             attribution.compress(*make_problem(rng), tolerance=tolerance)
+
+    def test_queries_that_are_no_numbers(self, rng):
+        features, labels, solution = make_problem(rng)
+        model = attribution.compress(features, labels, solution)
+        for query in (features.astype(complex), np.full(features.shape, "a")):
+            with pytest.raises(ValueError, match=r"^query: got dtype"):
+                attribution.logits(model, query)
 
     def test_inside_a_trace(self, rng):
         features, labels, solution = make_problem(rng)

@@ -67,8 +67,9 @@ def logits(model: SupportModel, query: Array) -> Array:
 
 
 def check_query(model: SupportModel, query: Any) -> None:
-    """Refuse queries of another shape than [q, d]."""
+    """Refuse queries of another shape than [q, d], or that are no numbers."""
     _check.shape("query", query, ("q", model.features.shape[1]))
+    _check.numbers("query", query)
 
 
 def check_targets(model: SupportModel, query: Any, targets: Any) -> None:
@@ -91,6 +92,12 @@ def _dot(left: Array, right: Array, dtype: jnp.dtype) -> Array:
     if left.dtype != right.dtype or not jnp.issubdtype(left.dtype, jnp.floating):
         left, right = left.astype(dtype), right.astype(dtype)
     return jnp.matmul(left, right.T, precision=_HIGHEST, preferred_element_type=dtype)
+
+
+def weights_of(coefficients: Array, features: Array, intercept_scaling: float) -> tuple[Array, Array]:
+    """Weights [k, d] and intercept [k] that rows with coefficients [rows, k] make."""
+    weights = _dot(coefficients.T, features.T, _accumulator(coefficients, features))
+    return weights.astype(coefficients.dtype), intercept_scaling**2 * jnp.sum(coefficients, axis=0)
 
 
 def _target_coefficients(coefficients: Array, targets: Array, dtype: jnp.dtype) -> Array:

@@ -24,8 +24,8 @@ def compress(features: Any, labels: Any, solution: DualSolution, *, tolerance: f
         features: [n, d] the features that were solved on, jax or numpy.
         labels: [n] integers in 0..k-1.
         solution: what `svm.solve` returned for them.
-        tolerance: rows whose coefficients are all at most this in absolute value are dropped. Above 0 the dropped rows
-            are missing from the sum of the scores, while `weights` stay those of the whole solution.
+        tolerance: rows whose coefficients are all at most this in absolute value are dropped. Where that drops any that
+            are not zero, `weights` and `intercept` are those of the rows that stay: scores sum to logits all the same.
 
     Returns:
         A `SupportModel` with s support vectors; s may be 0. Coefficients and features keep their dtypes.
@@ -51,13 +51,17 @@ def compress(features: Any, labels: Any, solution: DualSolution, *, tolerance: f
         _check.fail("solution", "a traced value", "known: compress runs outside of jit and vmap")
     largest = np.asarray(_row_maxima(coefficients))
     index = np.flatnonzero(~(largest <= tolerance)).astype(np.int32)
+    kept, rows = _take_rows(solution.coefficients, index), _take_rows(features, index)
+    weights, intercept = solution.weights, solution.intercept
+    if np.any((largest > 0.0) & (largest <= tolerance)):
+        weights, intercept = scoring.weights_of(kept, rows, solution.intercept_scaling)
     return SupportModel(
-        coefficients=_take_rows(solution.coefficients, index),
-        features=_take_rows(features, index),
+        coefficients=kept,
+        features=rows,
         labels=_take_rows(labels, index),
         index=jnp.asarray(index),
-        weights=solution.weights,
-        intercept=solution.intercept,
+        weights=weights,
+        intercept=intercept,
         intercept_scaling=solution.intercept_scaling,
         train_size=n,
     )

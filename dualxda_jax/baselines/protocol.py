@@ -4,6 +4,7 @@ Letters as in `types`; t is the number of checkpoints.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -101,7 +102,7 @@ def context(
         learning_rates: [t] one for each checkpoint, `params` included; by default 1.
 
     Raises:
-        ValueError: shapes that do not fit, labels outside 0..k-1, no samples.
+        ValueError: shapes that do not fit, labels outside 0..k-1, a network with other than k logits, no samples.
     """
     if len(np.shape(inputs)) < 2 or np.shape(inputs)[0] == 0:
         _check.fail("inputs", f"shape {np.shape(inputs)}", "[n, ...] with n of 1 or more")
@@ -110,13 +111,25 @@ def context(
     if num_classes < 2:
         _check.fail("num_classes", num_classes, "2 or more")
     _check.class_range("labels", labels, num_classes)
+    _check_width(logits, params, inputs, num_classes)
     every = tuple(checkpoints or ())
     if not every or every[-1] is not params:
         every = (*every, params)
     rates = jnp.ones(len(every), jnp.float32) if learning_rates is None else jnp.asarray(learning_rates, jnp.float32)
     _check.shape("learning_rates", rates, (len(every),))
+    if not _check.is_traced(rates) and not np.isfinite(rates).all():
+        _check.fail("learning_rates", np.asarray(rates).tolist(), "finite")
     labels = jnp.asarray(labels).astype(jnp.int32)
     return Context(jnp.asarray(inputs), labels, every, rates, logits, features, head, loss, num_classes)
+
+
+def _check_width(logits: Logits, params: Params, inputs: Any, num_classes: int) -> None:
+    """Refuse a network with other than k logits: the score of a class that it lacks would be that of another."""
+    known = lambda a: jax.ShapeDtypeStruct(np.shape(a), jnp.result_type(a))  # noqa: E731
+    one = jax.ShapeDtypeStruct((1, *np.shape(inputs)[1:]), jnp.result_type(inputs))
+    found = jax.eval_shape(logits, jax.tree.map(known, params), one).shape
+    if found != (1, num_classes):
+        _check.fail("num_classes", num_classes, f"that of the network, whose logits of one sample are {list(found)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +174,34 @@ class Method:
     stages: Stages | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "fit", _with_key(self.fit))
+        object.__setattr__(self, "scores", _of_any(self.scores))
         for name in ("fit", "scores", "self_influence"):
             object.__setattr__(self, name, automatic(getattr(self, name)))
+
+
+def _with_key(fit: Callable[[Array, Context], Any]) -> Callable[[Array, Context], Any]:
+    @functools.wraps(fit)
+    def checked(key: Array, context: Context) -> Any:
+        _check.key("key", key)
+        return fit(key, context)
+
+    return checked
+
+
+def _of_any(scores: Callable[[Any, Array, Array], Array]) -> Callable[[Any, Array, Array], Array]:
+    """The scores of no queries, too: [0, n]."""
+
+    @functools.wraps(scores)
+    def run(fitted: Any, x: Array, targets: Array) -> Array:
+        if np.shape(x)[:1] != (0,):
+            return scores(fitted, x, targets)
+        _check.shape("targets", targets, (0,))
+        one = lambda a: jax.ShapeDtypeStruct((1, *np.shape(a)[1:]), jnp.result_type(a))  # noqa: E731
+        found = jax.eval_shape(scores, fitted, one(x), one(targets))
+        return jnp.zeros((0, *found.shape[1:]), found.dtype)
+
+    return run
 
 
 def staged(name: str, stages: Stages, scores: Any, self_influence: Any) -> Method:

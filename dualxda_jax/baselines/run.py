@@ -41,6 +41,7 @@ def fit_resumable(
     stages = method.stages
     if stages is None:
         _check.fail("method", repr(method.name), "one with stages; this one's fit takes no time worth keeping")
+    _check.key("key", key)
     made_by = _fingerprint(method, key, context)
     count = stages.count(context)
     parts: tuple[Any, ...] = ()

@@ -39,6 +39,8 @@ def batches(
         _check.fail("labels", f"{len(labels)} labels", f"{len(images)}, one for each image")
     if batch_size < 1:
         _check.fail("batch_size", batch_size, "at least 1")
+    if key is not None:
+        _check.key("key", key)
     order = None if key is None else np.asarray(jax.random.permutation(key, len(images)))
     return _pass(images, labels, batch_size, order)
 

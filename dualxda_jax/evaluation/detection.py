@@ -83,6 +83,8 @@ def _detection(scores: Any, train_labels: Any, targets: Any, k: int, per_query: 
     for name, labels, length in zip(names, (train_labels, targets), (n, q), strict=True):
         _check.shape(name, labels, (length,))
         _check.integers(name, labels)
+        if not _check.is_traced(labels) and (least := np.asarray(labels).min()) < 0:
+            _check.fail(name, int(least), "0 or more")
     if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= n:
         _check.fail("k", k, f"an integer in 1..{n}, the number of training samples")
     values = _top_share(

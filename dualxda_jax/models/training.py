@@ -96,6 +96,7 @@ def init(key: Array, module: nn.Module, example: Any, config: TrainConfig) -> Tr
         example: [b, ...] inputs, floats or uint8 images; only their shape and dtype count.
         config: how to train.
     """
+    _check.key("key", key)
     example = jnp.zeros(np.shape(example), example.dtype)
     variables = _init_variables(module, key, to_float(example))
     opt_state = jax.jit(_optimizer(config).init)(variables["params"])
@@ -201,6 +202,7 @@ def fit(
         StaleCheckpoint: `checkpoint_dir` holds a training of something else.
         FloatingPointError: the loss is not finite at the end of a pass.
     """
+    _check.key("key", key)
     images, labels = np.asarray(images), np.asarray(labels)
     _check.integers("labels", labels)
     _check.shape("labels", labels, [len(images)])

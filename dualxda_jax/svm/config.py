@@ -18,7 +18,7 @@ class SolverConfig:
 
     Attributes:
         tolerance: relative duality gap (primal − dual) / max(|primal|, tiny) to reach.
-        max_epochs: passes over the features before giving up.
+        max_epochs: passes over the features before giving up; looked at between rounds, each of a few passes.
         intercept_scaling: the constant feature b appended to every sample; 0 means none.
         chunk: rows that a pass casts to the working precision at once; bounds the memory beside [n, k].
         penalty: first penalty of the augmented Lagrangian, relative to the cost.

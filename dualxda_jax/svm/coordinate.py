@@ -169,8 +169,9 @@ def visited(gram: Array, cost: Array, z: Array, q: Array, order: Array, steps: A
         if rounded is not None:
             new = rounded(new, i)
         step = at(cost, 0) * (new - old).astype(z.dtype)
-        track = track - step[:, None] * reach[None, :] if at_once else lax.dynamic_update_index_in_dim(track, step, i, 0)
-        return track, lax.dynamic_update_index_in_dim(moved, new, i, 1)
+        put = lax.dynamic_update_index_in_dim
+        track = track - step[:, None] * reach[None, :] if at_once else put(track, step, i, 0)
+        return track, put(moved, new, i, 1)
 
     track = z if at_once else jnp.zeros_like(z.T)
     return lax.fori_loop(jnp.asarray(0, jnp.int32), steps, one, (track, q))[1]

@@ -61,14 +61,14 @@ def prepare(
     _check.shape("labels", labels, [n])
     _check.integers("labels", labels)
     _check.class_range("labels", labels, num_classes)
-    _check_costs("cost", cost, n, scalar=True)
+    dtype = result_dtype(features)
+    _check_costs("cost", cost, n, dtype, scalar=True)
     if sample_weight is not None:
-        _check_costs("sample_weight", sample_weight, n, scalar=False)
+        _check_costs("sample_weight", sample_weight, n, dtype, scalar=False)
     if not _check.is_traced(features):
         _check_finite(features)
     if not (stays_on_host(features, config) and not _check.is_traced(labels, cost, sample_weight)):
         features = jnp.asarray(features)
-    dtype = result_dtype(features)
     costs = jnp.broadcast_to(jnp.asarray(cost).astype(dtype), (n,))
     if sample_weight is not None:
         costs = costs * jnp.asarray(sample_weight).astype(dtype)
@@ -80,8 +80,9 @@ def prepare(
     return features, labels.astype(jnp.int32), costs
 
 
-def _check_costs(name: str, values: Any, n: int, *, scalar: bool) -> None:
-    shape = np.shape(values)
+def _check_costs(name: str, values: Any, n: int, dtype: Any, *, scalar: bool) -> None:
+    shape, limits = np.shape(values), jnp.finfo(dtype)
+    _check.numbers(name, values)
     if shape != (n,) and not (scalar and shape == ()):
         _check.fail(name, f"shape {shape}", f"a scalar or [{n}]" if scalar else f"[{n}]")
     if _check.is_traced(values):
@@ -96,6 +97,9 @@ def _check_costs(name: str, values: Any, n: int, *, scalar: bool) -> None:
         _check.fail(name, f"{values[wrong].flat[0]} ({int(wrong.sum())} such values)", "finite and 0 or more")
     if shape == () and values == 0.0:
         _check.fail(name, "0", "above 0 (a cost per sample may be 0)")
+    # What the dtype rounds to nothing or to infinity would end as an empty answer or none.
+    if (shape == () and values < limits.tiny) or np.max(values, initial=0.0) > limits.max:
+        _check.fail(name, np.max(values), f"within {limits.dtype}, {limits.tiny:.1e} to {limits.max:.1e}")
 
 
 @jax.jit
@@ -129,6 +133,8 @@ def start_of(start: DualSolution | None, features: Array, num_classes: int, scal
     """What a solution gives to start from; rows that it does not know have no say yet."""
     if start is None:
         return None
+    if not isinstance(start, DualSolution):
+        _check.fail("init", type(start).__name__, "a DualSolution, as svm.solve returns it")
     (n, d), dtype = features.shape, result_dtype(features)
     coefficients = start.coefficients
     if coefficients.ndim != 2 or coefficients.shape[0] > n or coefficients.shape[1] != num_classes:

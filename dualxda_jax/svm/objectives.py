@@ -1,6 +1,7 @@
 """Primal and dual objective of any dual variables, in float64."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,9 @@ def objectives(
     """
     features, labels, costs = prepare(features, labels, num_classes, cost, None, DEFAULT)
     _check.shape("coefficients", coefficients, [features.shape[0], num_classes])
+    _check.numbers("coefficients", coefficients)
+    if not (math.isfinite(intercept_scaling) and intercept_scaling >= 0):
+        _check.fail("intercept_scaling", intercept_scaling, "0 or more and finite")
     if not in_trace(features, labels, coefficients, costs):
         x, y, alpha, c = (np.asarray(a) for a in (features, labels, coefficients, costs))
         primal, dual = host_objectives(x, y, alpha, c.astype(np.float64), intercept_scaling)

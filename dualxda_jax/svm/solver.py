@@ -123,7 +123,7 @@ def solve(
 
     Returns:
         The solution. `info.converged` is False where `max_epochs` were not enough or where the features hold NaN;
-        `info.gap` is what was reached.
+        `info.gap` is what was reached. Derivatives pass through coefficients, weights and intercept; `info` has none.
 
     Raises:
         ValueError: shapes, dtypes, labels or costs that cannot be, and NaN or Inf in the features (outside of a trace).

@@ -146,6 +146,38 @@ def test_queries_that_cannot_be(case, tiny, change, message):
         method.scores(fitted, arguments["x"], arguments["targets"])
 
 
+def test_no_queries_have_no_scores(case, tiny):
+    method, fitted, scores = case
+    _, queries, targets = tiny
+    found = method.scores(fitted, queries[:0], targets[:0])
+    assert found.shape == (0, scores.shape[1]) and found.dtype == scores.dtype
+    with pytest.raises(ValueError, match="targets: got shape"):
+        method.scores(fitted, queries[:0], targets)
+    with pytest.raises(ValueError, match="x: got shape"):
+        method.scores(fitted, queries[:0, 0], targets[:0])
+
+
+def test_keys_are_typed(case, tiny):
+    method, _, _ = case
+    for key in (0, jax.random.PRNGKey(0)):
+        with pytest.raises(ValueError, match=r"key: got .* must be a typed key"):
+            method.fit(key, tiny[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_classes": 4}, r"num_classes: got 4, must be that of the network, .* \[1, 3\]"),
+        ({"learning_rates": [float("nan")]}, "learning_rates: got .* must be finite"),
+    ],
+)
+def test_contexts_that_cannot_be(tiny, change, message):
+    known = tiny[0]
+    given = {"num_classes": 3} | change
+    with pytest.raises(ValueError, match=message):
+        baselines.context(known.logits, known.params, known.inputs, known.labels, **given)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_samples_that_are_all_alike_give_finite_scores(name, tiny):
     """Constant features, equal gradients within a class, singular kernels."""

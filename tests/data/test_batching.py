@@ -71,6 +71,11 @@ def test_bad_arguments_raise_at_the_call(images, labels, size, says):
         data.batches(images, labels, batch_size=size)
 
 
+def test_keys_are_typed():
+    with pytest.raises(ValueError, match=r"^key: got int"):
+        data.batches(*make(3), batch_size=2, key=0)
+
+
 def test_to_float():
     images = np.arange(256, dtype=np.uint8).reshape(4, 8, 8, 1)
     got = data.to_float(images)

@@ -81,6 +81,7 @@ GOOD = {"scores": np.zeros((2, 3)), "train_labels": np.array([0, 1, 1]), "target
         ("scores", np.array([[0, 1, 2], [0, np.nan, 1]])),
         ("train_labels", np.array([0, 1])),
         ("train_labels", np.array([0.0, 1.0, 1.0])),
+        ("train_labels", np.array([0, -1, 1])),
         ("targets", np.array([0, 1, 1])),
         ("targets", np.array([True, False])),
         ("k", 0),

@@ -99,6 +99,8 @@ def test_bad_input_is_named(images):
         training.fit(jax.random.key(0), Tiny(), images[0], images[1].astype(float), config=CONFIG)
     with pytest.raises(ValueError, match="labels: got 99 at position 0"):
         training.fit(jax.random.key(0), Tiny(), images[0], np.full_like(images[1], 99), config=CONFIG)
+    with pytest.raises(ValueError, match="key: got int, must be a typed key"):
+        training.fit(0, Tiny(), *images, config=CONFIG)
     with pytest.raises(ValueError, match="optimizer"):
         training.TrainConfig(optimizer="lion")
     with pytest.raises(FloatingPointError, match="learning_rate"):

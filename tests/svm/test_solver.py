@@ -140,6 +140,11 @@ def test_warm_starts_from_far_away_are_no_slower_than_cold(rng, wrap):
         ({"cost": -1.0}, "cost: got -1.0"),
         ({"cost": float("nan")}, "cost: got nan"),
         ({"cost": np.ones(3, np.float32)}, "cost: got shape"),
+        ({"cost": 1e-46}, "cost: got 1e-46, must be within float32"),
+        ({"cost": 1e39}, r"cost: got 1e\+39, must be within float32"),
+        ({"cost": 1j}, "cost: got dtype complex128"),
+        ({"cost": "a"}, "cost: got dtype <U1"),
+        ({"init": np.zeros((60, 4))}, "init: got ndarray, must be a DualSolution"),
         ({"sample_weight": np.ones(3, np.float32)}, "sample_weight: got shape"),
     ],
 )
