@@ -42,10 +42,11 @@ def integers(argument: str, array: Any) -> None:
         fail(argument, f"dtype {dtype}", "integers")
 
 
-def numbers(argument: str, array: Any) -> None:
-    """Check that an array holds real numbers (bool does not count)."""
+def numbers(argument: str, array: Any, *, or_bool: bool = False) -> None:
+    """Check that an array holds real numbers; bool counts only where told."""
     dtype = array.dtype if hasattr(array, "dtype") else np.asarray(array).dtype
-    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+    kinds = (jnp.floating, jnp.integer, jnp.bool_) if or_bool else (jnp.floating, jnp.integer)
+    if not any(jnp.issubdtype(dtype, kind) for kind in kinds):
         fail(argument, f"dtype {dtype}", "real numbers")
 
 

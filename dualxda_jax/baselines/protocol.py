@@ -125,7 +125,8 @@ def context(
 
 def _check_width(logits: Logits, params: Params, inputs: Any, num_classes: int) -> None:
     """Refuse a network with other than k logits: the score of a class that it lacks would be that of another."""
-    known = lambda a: jax.ShapeDtypeStruct(np.shape(a), jnp.result_type(a))  # noqa: E731
+    # Without where they lie: over Explicit axes methods go by arrays over Auto ones.
+    known = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype) if hasattr(a, "dtype") else a  # noqa: E731
     one = jax.ShapeDtypeStruct((1, *np.shape(inputs)[1:]), jnp.result_type(inputs))
     found = jax.eval_shape(logits, jax.tree.map(known, params), one).shape
     if found != (1, num_classes):

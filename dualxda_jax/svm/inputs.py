@@ -82,7 +82,8 @@ def prepare(
 
 def _check_costs(name: str, values: Any, n: int, dtype: Any, *, scalar: bool) -> None:
     shape, limits = np.shape(values), jnp.finfo(dtype)
-    _check.numbers(name, values)
+    # A mask is a weight, too.
+    _check.numbers(name, values, or_bool=not scalar)
     if shape != (n,) and not (scalar and shape == ()):
         _check.fail(name, f"shape {shape}", f"a scalar or [{n}]" if scalar else f"[{n}]")
     if _check.is_traced(values):

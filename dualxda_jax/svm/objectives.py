@@ -38,7 +38,7 @@ def objectives(
     features, labels, costs = prepare(features, labels, num_classes, cost, None, DEFAULT)
     _check.shape("coefficients", coefficients, [features.shape[0], num_classes])
     _check.numbers("coefficients", coefficients)
-    if not (math.isfinite(intercept_scaling) and intercept_scaling >= 0):
+    if not _check.is_traced(intercept_scaling) and not (math.isfinite(intercept_scaling) and intercept_scaling >= 0):
         _check.fail("intercept_scaling", intercept_scaling, "0 or more and finite")
     if not in_trace(features, labels, coefficients, costs):
         x, y, alpha, c = (np.asarray(a) for a in (features, labels, coefficients, costs))

@@ -67,6 +67,8 @@ def test_odd_data_and_dtypes(rng):
         assert bool(solution.info.converged)
         assert_feasible(solution.coefficients, labels, scaled["cost"] * weight)
         assert not np.asarray(solution.coefficients)[30:45].any()
+    masked = svm.solve(features, labels, **(given | {"sample_weight": weight > 0}))
+    np.testing.assert_array_equal(masked.coefficients, svm.solve(features, labels, **given).coefficients)
     low = svm.solve(jnp.asarray(features, jnp.bfloat16), labels, **given)
     assert bool(low.info.converged) and low.coefficients.dtype == jnp.float32
 
