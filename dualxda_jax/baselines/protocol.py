@@ -111,6 +111,7 @@ def context(
     if num_classes < 2:
         _check.fail("num_classes", num_classes, "2 or more")
     _check.class_range("labels", labels, num_classes)
+    inputs = jnp.asarray(inputs)
     _check_width(logits, params, inputs, num_classes)
     every = tuple(checkpoints or ())
     if not every or every[-1] is not params:
@@ -120,14 +121,14 @@ def context(
     if not _check.is_traced(rates) and not np.isfinite(rates).all():
         _check.fail("learning_rates", np.asarray(rates).tolist(), "finite")
     labels = jnp.asarray(labels).astype(jnp.int32)
-    return Context(jnp.asarray(inputs), labels, every, rates, logits, features, head, loss, num_classes)
+    return Context(inputs, labels, every, rates, logits, features, head, loss, num_classes)
 
 
 def _check_width(logits: Logits, params: Params, inputs: Any, num_classes: int) -> None:
     """Refuse a network with other than k logits: the score of a class that it lacks would be that of another."""
     # Without where they lie: over Explicit axes methods go by arrays over Auto ones.
     known = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype) if hasattr(a, "dtype") else a  # noqa: E731
-    one = jax.ShapeDtypeStruct((1, *np.shape(inputs)[1:]), jnp.result_type(inputs))
+    one = jax.ShapeDtypeStruct((1, *inputs.shape[1:]), inputs.dtype)
     found = jax.eval_shape(logits, jax.tree.map(known, params), one).shape
     if found != (1, num_classes):
         _check.fail("num_classes", num_classes, f"that of the network, whose logits of one sample are {list(found)}")

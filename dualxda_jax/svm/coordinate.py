@@ -193,7 +193,8 @@ def _stepped(q: Array, step: Array) -> Array:
         # Not as a cast, which XLA gets wrong here where it does not optimise.
         theta = jnp.max(total / jnp.sum(jnp.where(inside, 1.0, 0.0).astype(step.dtype), axis=1))
     else:
-        theta, inside = jnp.asarray(-1.0, step.dtype), before > 0.0
+        # Not -1: where steps are huge, the largest need not be exactly 0 once the compiler has fused the line above.
+        theta, inside = jnp.max(step) - 1.0, before > 0.0
         for _ in range(CLIMBS):
             count = jnp.maximum(jnp.sum(jnp.where(inside, 1.0, 0.0).astype(step.dtype)), 1.0)
             theta = jnp.maximum(theta, jnp.sum(jnp.where(inside, step, -before)) / count)
@@ -201,7 +202,8 @@ def _stepped(q: Array, step: Array) -> Array:
     change = step - theta
     new = jnp.where(change > -before, jnp.maximum(q + change.astype(q.dtype), 0.0), 0.0)
     # Should the steps not have sufficed, the point is feasible all the same.
-    return new / jnp.sum(new)
+    total = jnp.sum(new)
+    return jnp.where(total == 0.0, q, new / total)
 
 
 def _rounded(q: Array, cost: Array, at_label: Array, grid: Any) -> Array:

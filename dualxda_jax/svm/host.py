@@ -119,7 +119,8 @@ def _swept(data: Data, weights: Array, q: Array, visits: float, config: SolverCo
     n, run = data.features.shape[0], programs_for(data, config)
     given = {"num_classes": q.shape[0], "config": config}
     weights, q, sweeps = weights.astype(jnp.float32), q.astype(jnp.float32), 0
-    for sweeps in range(1, min(rounds_of.MOST_SWEEPS, config.max_epochs) + 1):
+    most = max(config.max_epochs - math.ceil(visits / n), 1)
+    for sweeps in range(1, min(rounds_of.MOST_SWEEPS, most) + 1):
         weights, q, _, moved = run.sweep(data, weights, q, **given)
         if sweeps >= rounds_of.LEAST_SWEEPS and rounds_of.few(int(moved), n):
             break

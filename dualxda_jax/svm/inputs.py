@@ -69,9 +69,11 @@ def prepare(
         _check_finite(features)
     if not (stays_on_host(features, config) and not _check.is_traced(labels, cost, sample_weight)):
         features = jnp.asarray(features)
-    costs = jnp.broadcast_to(jnp.asarray(cost).astype(dtype), (n,))
+    costs = jnp.broadcast_to(_as(cost, dtype), (n,))
     if sample_weight is not None:
-        costs = costs * jnp.asarray(sample_weight).astype(dtype)
+        costs = costs * _as(sample_weight, dtype)
+        if not (_check.is_traced(cost, sample_weight) or _check.elsewhere(cost) or _check.elsewhere(sample_weight)):
+            _check_range("sample_weight times cost", np.asarray(cost, np.float64) * np.asarray(sample_weight), dtype)
     labels = jnp.asarray(labels)
     if _check.is_traced(labels, costs):
         # What could not be looked at above must not end as an answer: it ends as NaN and not converged.
@@ -81,7 +83,7 @@ def prepare(
 
 
 def _check_costs(name: str, values: Any, n: int, dtype: Any, *, scalar: bool) -> None:
-    shape, limits = np.shape(values), jnp.finfo(dtype)
+    shape = np.shape(values)
     # A mask is a weight, too.
     _check.numbers(name, values, or_bool=not scalar)
     if shape != (n,) and not (scalar and shape == ()):
@@ -98,9 +100,19 @@ def _check_costs(name: str, values: Any, n: int, dtype: Any, *, scalar: bool) ->
         _check.fail(name, f"{values[wrong].flat[0]} ({int(wrong.sum())} such values)", "finite and 0 or more")
     if shape == () and values == 0.0:
         _check.fail(name, "0", "above 0 (a cost per sample may be 0)")
-    # What the dtype rounds to nothing or to infinity would end as an empty answer or none.
-    if (shape == () and values < limits.tiny) or np.max(values, initial=0.0) > limits.max:
-        _check.fail(name, np.max(values), f"within {limits.dtype}, {limits.tiny:.1e} to {limits.max:.1e}")
+    _check_range(name, values, dtype)
+
+
+def _check_range(name: str, values: Any, dtype: Any) -> None:
+    """Refuse what the dtype rounds to nothing or to infinity: it would end as an empty answer, or as none."""
+    limits, largest = jnp.finfo(dtype), np.max(values)
+    if 0.0 < largest < limits.tiny or largest > limits.max:
+        _check.fail(name, f"{largest:.3g}", f"within {limits.dtype}, {limits.tiny:.1e} to {limits.max:.1e}")
+
+
+def _as(values: Any, dtype: Any) -> Array:
+    """An array in a floating dtype; large integers of NumPy and Python would wrap if they became jax arrays first."""
+    return values.astype(dtype) if isinstance(values, jax.Array) else jnp.asarray(np.asarray(values).astype(dtype))
 
 
 @jax.jit

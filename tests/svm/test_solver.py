@@ -73,6 +73,24 @@ def test_odd_data_and_dtypes(rng):
     assert bool(low.info.converged) and low.coefficients.dtype == jnp.float32
 
 
+def test_large_integers_do_not_wrap(rng):
+    features, labels = make(rng)
+    given = {"num_classes": 4, "config": svm.SolverConfig(tolerance=1e-3)}
+    wide = svm.solve(features, labels, cost=1e-9, sample_weight=np.full(60, 2**32 + 2**30), **given)
+    plain = svm.solve(features, labels, cost=1e-9 * (2**32 + 2**30), **given)
+    np.testing.assert_allclose(wide.info.primal, plain.info.primal, rtol=1e-5)
+    whole = svm.solve(features, labels, cost=2, **given)
+    np.testing.assert_array_equal(whole.coefficients, svm.solve(features, labels, cost=2.0, **given).coefficients)
+
+
+def test_steps_too_large_for_float32_to_tell_apart(rng):
+    # With more classes than all pairs of them are looked at for, and hardly any cost.
+    draw = np.random.default_rng(1500)
+    labels = draw.integers(0, 20, 1500)
+    features = ((0.5 * draw.normal(size=(20, 20)))[labels] + draw.normal(size=(1500, 20))).astype(np.float32)
+    assert bool(svm.solve(features, labels, num_classes=20, cost=1e-9).info.converged)
+
+
 def test_most_samples_are_exactly_zero(rng):
     labels = rng.integers(0, 3, 60).astype(np.int32)
     features = (10.0 * np.eye(3, 7)[labels] + rng.normal(size=(60, 7))).astype(np.float32)
@@ -145,6 +163,8 @@ def test_warm_starts_from_far_away_are_no_slower_than_cold(rng, wrap):
         ({"cost": 1e-46}, "cost: got 1e-46, must be within float32"),
         ({"cost": 1e39}, r"cost: got 1e\+39, must be within float32"),
         ({"cost": 1j}, "cost: got dtype complex128"),
+        ({"cost": 1e-25, "sample_weight": np.full(60, 1e-25)}, "sample_weight times cost: got 1e-50"),
+        ({"cost": 1e25, "sample_weight": np.full(60, 1e25)}, r"sample_weight times cost: got 1e\+50"),
         ({"cost": "a"}, "cost: got dtype <U1"),
         ({"init": np.zeros((60, 4))}, "init: got ndarray, must be a DualSolution"),
         ({"sample_weight": np.ones(3, np.float32)}, "sample_weight: got shape"),
