@@ -234,7 +234,7 @@ def to_coefficients(simplex: Array, labels: Array, cost: Array, dtype: Any) -> A
     """[n, k] α = C (e_y − q), with rows that sum to zero and a box that holds to the last bit, in `dtype`."""
     at_label = one_hot_of(labels, simplex.shape[0], jnp.bool_)
     cost = cost.astype(dtype)
-    others = jnp.where(at_label, 0.0, cost[None, :] * jnp.maximum(simplex, 0.0).astype(dtype))
+    others = jnp.where(at_label, 0.0, cost[None, :] * jnp.maximum(simplex.astype(dtype), 0.0))
     # In the precision of q: over many classes, rounding of a sum in a narrower one adds up.
     total = jnp.sum(others.astype(jnp.asarray(simplex).dtype), axis=0).astype(others.dtype)
     return jnp.where(at_label, jnp.minimum(total, cost)[None, :], -others).T
