@@ -50,6 +50,17 @@ def numbers(argument: str, array: Any, *, or_bool: bool = False) -> None:
         fail(argument, f"dtype {dtype}", "real numbers")
 
 
+def is_whole(value: Any) -> bool:
+    """Whether a value is an integer of Python or NumPy (bool does not count)."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def is_real(value: Any) -> bool:
+    """Whether a value is a finite number of Python or NumPy (bool does not count)."""
+    known = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    return known and bool(np.isfinite(value))
+
+
 def key(argument: str, value: Any, *, many: int | None = None) -> None:
     """Check that a value is a typed key; or, where `many` is given, that many of them."""
     if not (hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)):

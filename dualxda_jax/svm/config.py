@@ -1,7 +1,6 @@
 """Static options of the solver, and the warning it gives."""
 
 import dataclasses
-import math
 
 from dualxda_jax import _check
 
@@ -52,19 +51,22 @@ class SolverConfig:
     def __post_init__(self) -> None:
         positive = {"tolerance": self.tolerance, "penalty": self.penalty, "accuracy": self.accuracy}
         for name, value in positive.items():
-            if not (math.isfinite(value) and value > 0):
-                _check.fail(f"config.{name}", value, "positive and finite")
+            if not (_check.is_real(value) and value > 0):
+                _check.fail(f"config.{name}", repr(value), "positive and finite")
         for name in ("max_epochs", "chunk", "max_newton", "block"):
-            if getattr(self, name) < 1:
-                _check.fail(f"config.{name}", getattr(self, name), "1 or more")
-        if self.device_bytes is not None and self.device_bytes < 1:
-            _check.fail("config.device_bytes", self.device_bytes, "1 or more, or None")
+            if not _check.is_whole(getattr(self, name)) or getattr(self, name) < 1:
+                _check.fail(f"config.{name}", repr(getattr(self, name)), "an integer of 1 or more")
+        if self.device_bytes is not None and not (_check.is_whole(self.device_bytes) and self.device_bytes >= 1):
+            _check.fail("config.device_bytes", repr(self.device_bytes), "an integer of 1 or more, or None")
+        axes = (self.axis,) if self.axis is None or isinstance(self.axis, str) else self.axis
+        if not isinstance(axes, tuple) or not all(a is None or isinstance(a, str) for a in axes):
+            _check.fail("config.axis", repr(self.axis), "the name of a mesh axis, a tuple of names, or None")
         if self.method not in METHODS:
             _check.fail("config.method", repr(self.method), f"one of {', '.join(METHODS)}")
-        if not (math.isfinite(self.growth) and self.growth > 1):
-            _check.fail("config.growth", self.growth, "finite and above 1")
-        if not (math.isfinite(self.intercept_scaling) and self.intercept_scaling >= 0):
-            _check.fail("config.intercept_scaling", self.intercept_scaling, "0 or more and finite")
+        if not (_check.is_real(self.growth) and self.growth > 1):
+            _check.fail("config.growth", repr(self.growth), "finite and above 1")
+        if not (_check.is_real(self.intercept_scaling) and self.intercept_scaling >= 0):
+            _check.fail("config.intercept_scaling", repr(self.intercept_scaling), "0 or more and finite")
 
 
 DEFAULT = SolverConfig()

@@ -1,4 +1,4 @@
-"""A solve inside a trace, and the certificate. `host` has the loop on the host.
+"""What every solve is made of: where it starts, its rounds, and the certificate; `host` and `traced` have the loops.
 
 What is certified in the end is not what the rounds look at: they see (W, α) with W ≠ W(α), in float64. What is returned
 is α rounded to its dtype, with W(α): certified anew, and solved further where that is not enough.
@@ -34,6 +34,34 @@ from dualxda_jax.types import SolveInfo
 MAX_ROUNDS = 5
 # Newton's method takes blocks this much larger than coordinate ascent.
 NEWTON_BLOCKS = 4
+
+
+class Answer(NamedTuple):
+    """What a solve ends with, in the dtype of the result: coefficients [n, k], W(α) [k, D] and the certificate."""
+
+    coefficients: Array
+    weights: Array
+    info: SolveInfo
+
+
+class Certificate(NamedTuple):
+    """Coefficients [n, k] in the dtype of the result; W(α) [k, D], primal objective and absolute gap in float64."""
+
+    coefficients: Array
+    weights: Array
+    primal: Array
+    gap: Array
+
+    @property
+    def ratio(self) -> Array:
+        """The relative gap."""
+        return relative(self.gap, self.primal)
+
+    def answer(self, epochs: Array, config: SolverConfig) -> Answer:
+        """What is returned."""
+        dtype = self.coefficients.dtype
+        info = info_of(self.primal, self.gap, epochs, config, dtype)
+        return Answer(self.coefficients, self.weights.astype(dtype), info)
 
 
 class Data(NamedTuple):
@@ -106,12 +134,13 @@ def begin(data: Data, start: Start | None, num_classes: int, config: SolverConfi
     if by_newton:
         weights, penalty, visits = working_set.weights_from_sample(problem, least_block(config), config)
         return working_set.begin(problem, jnp.zeros((k, n), jnp.float64), weights, penalty, visits, config, assign=True)
-    return _swept(problem, jnp.zeros_like(problem.offset), nothing, none, config)
+    return swept(problem, jnp.zeros_like(problem.offset), nothing, none, config)
 
 
-def _swept(problem: Problem, weights: Array, simplex: Array, visits: Array, config: SolverConfig) -> SolverState:
+def swept(problem: Problem, weights: Array, simplex: Array, visits: Array, config: SolverConfig) -> SolverState:
     """The state after sweeps over all samples, as long as many of them move."""
     n, dtype = problem.count, result_dtype(problem.features)
+    most = jnp.maximum(config.max_epochs - jnp.ceil(visits / n), 1.0).astype(jnp.int32)
 
     def sweep(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
         weights, q, _, i = carry
@@ -120,8 +149,8 @@ def _swept(problem: Problem, weights: Array, simplex: Array, visits: Array, conf
 
     def unfinished(carry: tuple[Array, Array, Array, Array]) -> Array:
         _, _, moved, i = carry
-        many = ~rounds_of.few(moved, n) & (i < min(rounds_of.MOST_SWEEPS, config.max_epochs))
-        return many | (i < min(rounds_of.LEAST_SWEEPS, config.max_epochs))
+        many = ~rounds_of.few(moved, n) & (i < rounds_of.MOST_SWEEPS)
+        return (many | (i < rounds_of.LEAST_SWEEPS)) & (i < most)
 
     first = (weights.astype(dtype), simplex.astype(dtype), jnp.int32(n), jnp.int32(0))
     _, q, _, i = lax.while_loop(unfinished, sweep, first)
@@ -149,14 +178,6 @@ def _warm(problem: Problem, start: Start, config: SolverConfig, low: Any) -> Sol
     return best
 
 
-def _swept_on(problem: Problem, state: SolverState, config: SolverConfig) -> SolverState:
-    """A state from a solution, with sweeps over all samples where too many are undecided for a block."""
-    if problem.count <= least_block(config):
-        return state
-    go_on = lambda: _swept(problem, *rounds_of.sweeps_from(state, problem.labels), state.visits, config)  # noqa: E731
-    return lax.cond(rounds_of.few(state.undecided, problem.count), lambda: state, go_on)
-
-
 def info_of(primal: Array, gap: Array, epochs: Array, config: SolverConfig, dtype: Any) -> SolveInfo:
     """The public record of a primal objective and an absolute gap in float64."""
     ratio = relative(gap, primal)
@@ -166,8 +187,8 @@ def info_of(primal: Array, gap: Array, epochs: Array, config: SolverConfig, dtyp
 
 def certificate(
     problem: Problem, state: SolverState, config: SolverConfig, dtype: Any, *, screened: bool = False
-) -> tuple[Array, Array, Array]:
-    """The coefficients as they are returned, rounded to their dtype, and primal and gap of exactly those.
+) -> Certificate:
+    """The coefficients as they are returned, rounded to their dtype, and W(α), primal and gap of exactly those.
 
     Where `screened`, a look at the samples suffices that the leads of the state do not put beyond doubt.
     """
@@ -175,115 +196,19 @@ def certificate(
     coefficients = to_coefficients(state.simplex, problem.labels, problem.cost, dtype)
     rounded = from_coefficients(coefficients.astype(problem.cost.dtype), problem.labels, problem.cost)
     if not screened:
-        return coefficients, *primal_and_gap(plain, weights_of(plain, rounded), rounded)
+        weights = weights_of(plain, rounded)
+        return Certificate(coefficients, weights, *primal_and_gap(plain, weights, rounded))
     weights = screening.weights_of(plain, rounded)
     # The margin that the leads were found with is off by no more than the tolerance, see `margin_for`.
     lead = screening.aged(state, weights, config.tolerance)
     lead = jnp.where(jnp.any((rounded > 0.0) != (state.simplex > 0.0), axis=0), -jnp.inf, lead)
     gap = screening.slack_of(plain, weights, rounded, lead)
-    return coefficients, screening.dual_of(plain, weights, rounded) + gap, gap
+    return Certificate(coefficients, weights, screening.dual_of(plain, weights, rounded) + gap, gap)
 
 
 def next_target(target: Any, config: SolverConfig) -> Any:
     """The gap to solve to after a certificate that fell short."""
     return jnp.maximum(0.25 * target, 0.2 * config.tolerance)
-
-
-def solve_traced(data: Data, start: Start | None, *, num_classes: int, config: SolverConfig) -> tuple[Array, SolveInfo]:
-    """The whole solve as one program: (coefficients [n, k], info).
-
-    Under `vmap`, coordinates solve one problem after another: side by side, each would wait for the slowest in every
-    loop, and go both ways at every fork. Newton's method goes side by side, as its products are what takes time.
-    """
-    given = {"num_classes": num_classes, "config": config}
-    if config.method != "coordinate":
-        return _solve_traced(data, start, **given)
-    solve = jax.custom_batching.custom_vmap(lambda data, start: _solve_traced(data, start, **given))
-
-    @solve.def_vmap
-    def _(size: int, batched: Any, data: Data, start: Start | None) -> tuple[Any, Any]:
-        leaves, tree = jax.tree.flatten((data, start))
-        flags = tuple(jax.tree.leaves(batched))
-        # A `jit` inside of the `vmap` has left the context that it was traced in.
-        with jax.enable_x64(True):
-            out = _one_by_one(leaves, flags=flags, tree=tree, **given)
-        return out, jax.tree.map(lambda _: True, out)
-
-    return solve(data, start)
-
-
-@functools.partial(jax.jit, static_argnames=("flags", "tree", "num_classes", "config"))
-def _one_by_one(
-    leaves: list[Array], *, flags: tuple[bool, ...], tree: Any, num_classes: int, config: SolverConfig
-) -> tuple[Array, SolveInfo]:
-    """Solves for the entries along the leading axis of the leaves that have one, by their flags."""
-
-    def one(mapped: list[Array]) -> tuple[Array, SolveInfo]:
-        entry = iter(mapped)
-        data, start = jax.tree.unflatten(tree, [next(entry) if f else a for a, f in zip(leaves, flags, strict=True)])
-        return solve_traced(data, start, num_classes=num_classes, config=config)
-
-    return lax.map(one, [a for a, f in zip(leaves, flags, strict=True) if f])
-
-
-@functools.partial(jax.jit, static_argnames=("num_classes", "config"))
-def _solve_traced(
-    data: Data, start: Start | None, *, num_classes: int, config: SolverConfig
-) -> tuple[Array, SolveInfo]:
-    problem, screened = problem_from(data, num_classes, config), config.method == "coordinate"
-    n, dtype = problem.count, result_dtype(data.features)
-    size = min(n, max(NEWTON_BLOCKS * config.block, -(-n // 8)))
-    state = begin(data, start, num_classes, config)
-    if start is not None and config.method == "coordinate":
-        state = _swept_on(problem, state, config)
-
-    by_newton = dataclasses.replace(config, method="newton")
-    none = jnp.asarray(0, jnp.int32)
-
-    def unfinished(state: SolverState, target: Array) -> Array:
-        far = relative(state.gap, state.primal) > target
-        return far & ~jnp.isnan(state.gap) & (state.epochs < config.max_epochs)
-
-    def solve_to(state: SolverState, target: Array, margin: Array) -> SolverState:
-        asked, close = dataclasses.replace(problem, margin=margin), jnp.asarray(False)
-        if config.method == "coordinate":
-
-            def sweep_on(carry: tuple[SolverState, Array]) -> tuple[SolverState, Array]:
-                new = rounds_of.step(asked, carry[0], target, size, config, screened=screened)
-                poor = rounds_of.poor(carry[0].dual, carry[0].gap, new.dual, new.gap)
-                return new, carry[1] + poor.astype(jnp.int32)
-
-            well = lambda c: unfinished(c[0], target) & (c[1] < rounds_of.POOR_ROUNDS)  # noqa: E731
-            state, _ = lax.while_loop(well, sweep_on, (state, none))
-            soft = working_set.first_penalty(problem, config)
-            state = dataclasses.replace(state, penalty=jnp.maximum(state.penalty, soft), first_penalty=soft)
-            close = relative(state.gap, state.primal) <= rounds_of.CLOSE
-        go_on = lambda s: rounds_of.step(asked, s, target, size, by_newton)  # noqa: E731
-        return lax.while_loop(lambda s: unfinished(s, target) & ~close, go_on, state)
-
-    def again(carry: Any) -> Array:
-        state, _, (_, primal, gap), rounds = carry
-        ratio = relative(gap, primal)
-        short = (ratio > config.tolerance) & jnp.isfinite(ratio) & (state.epochs < config.max_epochs)
-        return (rounds == 0) | (short & (rounds < MAX_ROUNDS))
-
-    def refine(carry: Any) -> Any:
-        state, target, found, rounds = carry
-        # What a survey said holds for the margin that it was made with: another one asks for one more round.
-        state = dataclasses.replace(state, slack=jnp.where(rounds < 1, state.slack, state.slack + 1e-3 * state.primal))
-        state = solve_to(state, target, margin_for(rounds, config, dtype))
-        new = certificate(problem, state, config, dtype, screened=screened)
-        ratio, least = (relative(gap, primal) for _, primal, gap in (new, found))
-        better = (rounds == 0) | (ratio < least)
-        found = jax.tree.map(lambda a, b: jnp.where(better, a, b), new, found)
-        state = dataclasses.replace(state, visits=state.visits + 2.0 * n)
-        return state, next_target(target, config), found, rounds + 1
-
-    zero = jnp.zeros((), jnp.float64)
-    nothing = (jnp.zeros((data.features.shape[0], num_classes), dtype), zero, zero)
-    first = (state, jnp.asarray(config.tolerance, jnp.float64), nothing, none)
-    state, _, (coefficients, primal, gap), _ = lax.while_loop(again, refine, first)
-    return coefficients, info_of(primal, gap, state.epochs, config, dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("num_classes", "config", "precise"))
@@ -307,9 +232,8 @@ def one_round(
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def certified(data: Data, state: SolverState, *, config: SolverConfig) -> tuple[Array, SolveInfo]:
+def certified(data: Data, state: SolverState, *, config: SolverConfig) -> Answer:
     """The coefficients of a state with their certificate."""
     problem = problem_from(data, state.weights.shape[0], config)
-    dtype = result_dtype(data.features)
-    coefficients, primal, gap = certificate(problem, state, config, dtype, screened=problem.axis is None)
-    return coefficients, info_of(primal, gap, state.epochs + 2, config, dtype)
+    found = certificate(problem, state, config, result_dtype(data.features), screened=problem.axis is None)
+    return found.answer(state.epochs + 2, config)

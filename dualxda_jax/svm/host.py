@@ -1,8 +1,8 @@
 """The loop of a solve on the host, where sizes adapt to what is left to do and each program is compiled once.
 
-By coordinates: sweeps over all samples, then rounds in float32 until that is not precise enough, then in float64. By
-Newton's method: from a small sample and then, if there are many rows, from larger ones; surveys run in float32 while
-the gap is wide.
+By coordinates: sweeps over all samples, then rounds in float32 until that is not precise enough, then in float64, in
+turns with Newton's method where they get nowhere. By Newton's method: from a small sample and then, if there are many
+rows, from larger ones; surveys run in float32 while the gap is wide.
 """
 
 import dataclasses
@@ -17,11 +17,11 @@ import numpy as np
 from dualxda_jax.svm import resident, sharded, streamed, working_set
 from dualxda_jax.svm import rounds as rounds_of
 from dualxda_jax.svm.config import SolverConfig
-from dualxda_jax.svm.driver import MAX_ROUNDS, Data, least_block, margin_for, next_target
+from dualxda_jax.svm.driver import MAX_ROUNDS, Answer, Data, least_block, margin_for, next_target
 from dualxda_jax.svm.inputs import Start
 from dualxda_jax.svm.problem import Array, one_hot_of, relative
 from dualxda_jax.svm.working_set import SolverState
-from dualxda_jax.types import Progress, SolveInfo
+from dualxda_jax.types import Progress
 
 # Samples of growing size: each has this many times the rows of the one before and is solved to this gap.
 LEVEL_GROWTH, LEVEL_GAP = 4, 0.1
@@ -64,10 +64,9 @@ def programs_for(data: Data, config: SolverConfig) -> ModuleType:
 
 def solve_on_host(
     data: Data, start: Start | None, *, num_classes: int, config: SolverConfig, progress: Progress | None
-) -> tuple[Array, SolveInfo]:
-    """The solve with its loop on the host: (coefficients [n, k], info)."""
+) -> Answer:
+    """The solve with its loop on the host."""
     by_newton = config.method == "newton"
-    first, to_gap = (_sampled_start, _by_newton) if by_newton else (_swept_start, _by_coordinates)
     report, run = _reporter(progress, config), programs_for(data, config)
     if start is not None or data.features.shape[0] <= least_block(config):
         precise = start is None or data.features.dtype == jnp.float64
@@ -75,28 +74,45 @@ def solve_on_host(
         if start is not None and not by_newton and _many(data, state, config):
             state = _swept(data, *rounds_of.sweeps_from(state, data.labels), float(state.visits), config)
     else:
-        state = first(data, num_classes, config)
+        state = (_sampled_start if by_newton else _swept_start)(data, num_classes, config)
     size = min(run.most_rows(data, config), least_block(config))
-    target, slack = config.tolerance, 0
-    best: tuple[Array, SolveInfo] | None = None
-    for _ in range(MAX_ROUNDS):
-        state, size, slack = to_gap(data, state, target, size, config, report, slack)
-        if slack > 0 and not by_newton and data.costs.dtype != jnp.float64:
+    target, slack, rounds, turns, before = config.tolerance, 0, 0, 0, math.inf
+    now, best = config, None
+    while True:
+        to_gap = _by_newton if now.method == "newton" else _by_coordinates
+        state, size, slack, stuck = to_gap(data, state, target, size, now, report, slack, turns > 0)
+        if slack > 0 and now.method != "newton" and data.costs.dtype != jnp.float64:
             state = run.on_grid(_with_slack(data, slack, config), state, num_classes=num_classes, config=config)
         found = run.certified(data, state, config=config)
-        info = found[1]
-        if best is None or float(info.gap) < float(best[1].gap):
+        info = found.info
+        if best is None or float(info.gap) < float(best.info.gap):
             best = found
         state = dataclasses.replace(state, visits=state.visits + 2.0 * data.features.shape[0])
         if bool(info.converged) or not math.isfinite(float(info.gap)) or int(state.epochs) >= config.max_epochs:
+            break
+        if stuck:
+            least, turns = float(best.info.gap), turns + 1
+            if turns > rounds_of.TURNS or (now is config and least > rounds_of.TURN_FALL * before):
+                break
+            before, now = (least if now is config else before), _other(now, config)
+            if now is not config:
+                asked = _with_slack(data, slack, config)
+                state = run.handed_over(asked, state, num_classes=num_classes, config=now)
+            continue
+        now, rounds = config, rounds + 1
+        if rounds == MAX_ROUNDS:
             break
         # Rounding the result to float32 may be all that it fell short by: first round it with care, at the same target.
         if slack > 0 or by_newton or data.costs.dtype == jnp.float64:
             target = float(next_target(target, config))
         slack += 1
-    assert best is not None
-    report(float(best[1].gap))
-    return best[0], dataclasses.replace(best[1], epochs=info.epochs)
+    report(float(best.info.gap))
+    return best._replace(info=dataclasses.replace(best.info, epochs=info.epochs))
+
+
+def _other(now: SolverConfig, config: SolverConfig) -> SolverConfig:
+    """Newton's method after coordinates, and the other way round."""
+    return dataclasses.replace(config, method="newton") if now is config else config
 
 
 def _many(data: Data, state: SolverState, config: SolverConfig) -> bool:
@@ -128,14 +144,15 @@ def _swept(data: Data, weights: Array, q: Array, visits: float, config: SolverCo
 
 
 def _by_coordinates(
-    data: Data, state: SolverState, target: float, size: int, config: SolverConfig, report: Any, slack: int
-) -> tuple[SolverState, int, int]:
-    """Rounds until the relative gap is reached, or passes run out; the block's size and the slack at the end, too.
+    data: Data, state: SolverState, target: float, size: int, config: SolverConfig, report: Any, slack: int, anew: bool
+) -> tuple[SolverState, int, int, bool]:
+    """Rounds until the relative gap is reached, passes run out or they get nowhere (the last that is returned).
 
-    Slack is how much more than the margin is asked for, see `margin_for`. Where float32 does not get there, rounding
-    the result to float32 will not do without.
+    Also returned are the block's size and the slack at the end: how much more than the margin is asked for, see
+    `margin_for`. Where float32 does not get there, rounding the result to float32 will not do without. `anew` says that
+    Newton's method had its turn.
     """
-    precise, plain = slack > 0, data
+    precise, plain = anew or slack > 0, data
     data = _with_slack(plain, slack, config)
     n, goal, run = data.features.shape[0], jnp.asarray(target, jnp.float64), programs_for(data, config)
     most = run.most_rows(data, config)
@@ -149,26 +166,22 @@ def _by_coordinates(
     seen, exhausted, poor = standing(state), False, 0
     while True:
         report(seen.ratio)
-        if poor >= rounds_of.POOR_ROUNDS and seen.ratio <= rounds_of.CLOSE:
-            return state, size, slack
-        if poor >= rounds_of.POOR_ROUNDS:
-            config = dataclasses.replace(config, method="newton")
-            state = run.handed_over(data, state, num_classes=state.weights.shape[0], config=config)
-            return _by_newton(plain, state, target, size, config, report, slack)
-        lost = math.isnan(seen.ratio)
-        if seen.ratio <= target or seen.epochs >= config.max_epochs or (lost and precise):
-            return state, size, slack
-        if not precise and (lost or exhausted):
+        lost, tired = math.isnan(seen.ratio), poor >= rounds_of.POOR_ROUNDS
+        stuck = tired and precise
+        if seen.ratio <= target or seen.epochs >= config.max_epochs or (lost and precise) or stuck:
+            return state, size, slack, stuck and seen.ratio > target
+        if not precise and (lost or exhausted or tired):
             slack = max(slack, int(exhausted))
             data = _with_slack(plain, slack, config)
             # What overflows float32 starts anew.
             state = run.first_state(data, None, **given) if lost else exactly(state)
-            seen, precise = standing(state), True
+            # Rounds that were poor for another reason than float32 soon show it.
+            seen, precise, poor = standing(state), True, poor // 2
             continue
         size, last = _next_size(seen.undecided, most, config.block), seen
         state, *_ = run.one_round(data, state, goal, size=size, config=config, precise=precise)
         seen = standing(state)
-        poor += precise and rounds_of.poor(last.dual, last.gap, seen.dual, seen.gap)
+        poor += rounds_of.poor(last.dual, last.gap, seen.dual, seen.gap)
         stuck = seen.dual - last.dual < FLOAT32_RISE * seen.gap
         exhausted = stuck or (seen.ratio < FLOAT32_GAP and seen.ratio > FLOAT32_FALL * last.ratio)
 
@@ -184,16 +197,16 @@ def _sampled_start(data: Data, num_classes: int, config: SolverConfig) -> Solver
         state = resident.surveyed(
             part, weights, penalty, jnp.zeros((), jnp.float64), num_classes=num_classes, config=alone
         )
-        state, *_ = _by_newton(part, state, LEVEL_GAP, least, alone, lambda ratio: None, 0)
+        state, *_ = _by_newton(part, state, LEVEL_GAP, least, alone, lambda ratio: None, 0, False)
         weights, penalty, visits = state.weights, state.penalty, visits + state.visits
         rows *= LEVEL_GROWTH
     return run.surveyed(data, weights, penalty, visits, **given)
 
 
 def _by_newton(
-    data: Data, state: SolverState, target: float, size: int, config: SolverConfig, report: Any, slack: int
-) -> tuple[SolverState, int, int]:
-    """As `_by_coordinates`."""
+    data: Data, state: SolverState, target: float, size: int, config: SolverConfig, report: Any, slack: int, turn: bool
+) -> tuple[SolverState, int, int, bool]:
+    """As `_by_coordinates`; they get nowhere only where this is a `turn` between coordinates."""
     data = _with_slack(data, slack, config)
     ratio = float(relative(state.gap, state.primal))
     run = programs_for(data, config)
@@ -201,6 +214,7 @@ def _by_newton(
     goal = jnp.asarray(target, jnp.float64)
     always = data.features.dtype == jnp.float64
     precise, at_least = True, int(slack > 0)
+    least, since = ratio, 0
     while True:
         report(ratio)
         if (
@@ -208,10 +222,14 @@ def _by_newton(
             or int(state.epochs) >= config.max_epochs
             or (ratio <= target and precise and at_least <= 0)
         ):
-            return state, size, slack
+            return state, size, slack, False
+        if turn and since >= rounds_of.STALLED_ROUNDS:
+            return state, size, slack, True
         precise = always or ratio <= PRECISE_GAP
         state, seen, undecided = run.one_round(data, state, goal, size=size, config=config, precise=precise)
         ratio, at_least = float(seen), at_least - 1
+        fell = ratio < rounds_of.STALLED_FALL * least
+        least, since = (ratio, 0) if fell else (least, since + 1)
         size = min(_next_size(int(undecided), most, least_block(config)), max(2 * size, 1))
 
 

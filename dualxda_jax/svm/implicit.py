@@ -108,6 +108,23 @@ def _attach_jvp(intercept_scaling: float, primals: tuple[Array, ...], tangents: 
     return primals[0], solved[2]
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+def attach_weights(
+    weights: Array, intercept: Array, coefficients: Array, features: Array, intercept_scaling: float
+) -> tuple[Array, Array]:
+    """Weights [k, d] and intercept [k] of coefficients [n, k], summed in float64, with their derivatives."""
+    return weights, intercept
+
+
+@attach_weights.defjvp
+def _attach_weights_jvp(intercept_scaling: float, primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> Any:
+    weights, intercept, coefficients, features = primals
+    _, _, change, by_features = tangents
+    dtype = coefficients.dtype
+    moved = rows.sum_rows(change, features.astype(dtype)) + rows.sum_rows(coefficients, by_features.astype(dtype))
+    return (weights, intercept), (moved, intercept_scaling**2 * jnp.sum(change, axis=0))
+
+
 def _zero_of(tangent: Array) -> Array:
     """A float32 zero that is a linear function of the tangent."""
     return jnp.sum(jnp.where(False, tangent, 0.0)).astype(jnp.float32)

@@ -46,6 +46,8 @@ def prepare(
     features: Any, labels: Any, num_classes: int, cost: Any, sample_weight: Any, config: SolverConfig
 ) -> tuple[Array, Array, Array]:
     """Check everything and return features, int32 labels and the cost of every sample."""
+    if not isinstance(config, SolverConfig):
+        _check.fail("config", repr(config), "a svm.SolverConfig")
     if not hasattr(features, "dtype"):
         features = np.asarray(features)
     if not jnp.issubdtype(features.dtype, jnp.floating):

@@ -1,16 +1,16 @@
 """Primal and dual objective of any dual variables, in float64."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from dualxda_jax import _check
-from dualxda_jax.svm.config import DEFAULT, SolverConfig
+from dualxda_jax.svm.config import DEFAULT
 from dualxda_jax.svm.inputs import in_trace, prepare, result_dtype
-from dualxda_jax.svm.problem import Array, from_coefficients, primal_and_gap, problem_of, weights_of
+from dualxda_jax.svm.problem import Array, contract, one_hot_of, with_constant
 
 
 def objectives(
@@ -35,14 +35,17 @@ def objectives(
     Returns:
         (primal, dual), scalars: float64 NumPy numbers outside of a trace, float32 (float64 under x64) arrays inside.
     """
-    features, labels, costs = prepare(features, labels, num_classes, cost, None, DEFAULT)
+    given = features if hasattr(features, "dtype") else np.asarray(features)
+    features, labels, costs = prepare(given, labels, num_classes, cost, None, DEFAULT)
     _check.shape("coefficients", coefficients, [features.shape[0], num_classes])
     _check.numbers("coefficients", coefficients)
-    if not _check.is_traced(intercept_scaling) and not (math.isfinite(intercept_scaling) and intercept_scaling >= 0):
-        _check.fail("intercept_scaling", intercept_scaling, "0 or more and finite")
-    if not in_trace(features, labels, coefficients, costs):
-        x, y, alpha, c = (np.asarray(a) for a in (features, labels, coefficients, costs))
-        primal, dual = host_objectives(x, y, alpha, c.astype(np.float64), intercept_scaling)
+    if not _check.is_traced(intercept_scaling) and not (_check.is_real(intercept_scaling) and intercept_scaling >= 0):
+        _check.fail("intercept_scaling", repr(intercept_scaling), "0 or more and finite")
+    if not in_trace(given, labels, coefficients, cost):
+        x, y, alpha = np.asarray(given), np.asarray(labels), np.asarray(coefficients)
+        # The cost as `solve` takes it; float64 of NumPy is float64 here whether or not x64 is on.
+        c = np.asarray(cost).astype(np.float64 if x.dtype == np.float64 else np.float32)
+        primal, dual = host_objectives(x, y, alpha, np.broadcast_to(c, len(x)), intercept_scaling)
         return np.float64(primal), np.float64(dual)  # type: ignore[return-value]
     with jax.enable_x64(True):
         parts = _objectives(features, labels, coefficients, costs, intercept_scaling)
@@ -77,9 +80,35 @@ def host_objectives(
 def _objectives(
     features: Array, labels: Array, coefficients: Array, costs: Array, intercept_scaling: float
 ) -> tuple[Array, Array]:
-    config = SolverConfig(intercept_scaling=intercept_scaling)
-    problem = problem_of(features, labels, costs, coefficients.shape[1], config)
-    q = from_coefficients(coefficients.astype(jnp.float64), labels, problem.cost)
-    primal, gap = primal_and_gap(problem, weights_of(problem, q), q)
-    dtype = result_dtype(features)
-    return primal.astype(dtype), (primal - gap).astype(dtype)
+    """As `host_objectives`; in reverse, a chunk is cast anew."""
+    (n, d), k = features.shape, coefficients.shape[1]
+    size = min(DEFAULT.chunk, n)
+
+    def chunk(i: Array) -> tuple[Array, Array, Array, Array]:
+        """Rows [size, D], labels one-hot, α and costs in float64; rows seen before have neither α nor cost."""
+        start = jnp.minimum(i * size, n - size)
+        new = start + jnp.arange(size) >= i * size
+        x, y, a, c = (lax.dynamic_slice_in_dim(b, start, size) for b in (features, labels, coefficients, costs))
+        x = with_constant(x.astype(jnp.float64), intercept_scaling)
+        one_hot = one_hot_of(y, k, jnp.float64).T
+        return x, one_hot, jnp.where(new[:, None], a, 0.0).astype(jnp.float64), jnp.where(new, c, 0.0)
+
+    @jax.checkpoint
+    def add_weights(i: Array, total: tuple[Array, Array]) -> tuple[Array, Array]:
+        x, one_hot, alpha, _ = chunk(i)
+        return total[0] + contract(alpha, x, 0, 0), total[1] + jnp.sum(alpha * (1.0 - one_hot))
+
+    zero, width = jnp.zeros((), jnp.float64), d + (intercept_scaling != 0.0)
+    count = -(-n // size)
+    weights, linear = lax.fori_loop(0, count, add_weights, (jnp.zeros((k, width), jnp.float64), zero))
+
+    @jax.checkpoint
+    def add_loss(i: Array, loss: Array) -> Array:
+        x, one_hot, _, c = chunk(i)
+        plain = contract(x, weights, 1, 1)
+        hinge = jnp.max(plain + 1.0 - one_hot, axis=1) - jnp.sum(plain * one_hot, axis=1)
+        return loss + jnp.sum(c.astype(jnp.float64) * hinge)
+
+    norm, dtype = 0.5 * jnp.sum(weights * weights), result_dtype(features)
+    loss = lax.fori_loop(0, count, add_loss, zero)
+    return (norm + loss).astype(dtype), (-norm - linear).astype(dtype)

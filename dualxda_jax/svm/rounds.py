@@ -19,9 +19,11 @@ from dualxda_jax.svm.working_set import GOLDEN, SolverState
 # another part of the gap is left; after some, Newton's method is the better one: the problem is so stiff that hardly a
 # sample can move by itself.
 POOR_RISE, SETTLING, POOR_ROUNDS = 0.02, 0.5, 4
-# Where the relative gap is down to this, poor rounds say that the precision is exhausted. Newton's method would not
-# help: its W is better than its W(α), and the latter is what is certified.
-CLOSE = 1e-2
+# Newton's method hands back to coordinates once so many rounds have not brought its gap below this part of the least:
+# its W is better than its W(α), and the latter is what is certified. So many turns the two take at most, and as long
+# as the certificates of two turns are better by this part than what was there before them: else the precision is
+# exhausted.
+STALLED_ROUNDS, STALLED_FALL, TURNS, TURN_FALL = 6, 0.5, 6, 0.5
 # Sweeps over all samples end once fewer than this part of them moves.
 FEW, LEAST_SWEEPS, MOST_SWEEPS = 0.17, 2, 8
 # They leave alone what violates its margin by less.
@@ -62,7 +64,7 @@ def lowered(problem: Problem, low: Any) -> Problem:
     return problem if low is None else dataclasses.replace(problem, cost=problem.cost.astype(low))
 
 
-def looked_at(state: SolverState, seen: dict[str, Array]) -> SolverState:
+def looked_at(state: SolverState, seen: dict[str, Any]) -> SolverState:
     """The state after a survey."""
     return dataclasses.replace(state, visits=state.visits + state.samples, **seen)
 

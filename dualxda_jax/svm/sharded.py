@@ -15,16 +15,15 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dualxda_jax import _check
-from dualxda_jax.svm import driver, resident
+from dualxda_jax.svm import driver, resident, traced
 from dualxda_jax.svm.config import SolverConfig
-from dualxda_jax.svm.driver import Data
+from dualxda_jax.svm.driver import Answer, Data
 from dualxda_jax.svm.inputs import Start, in_trace
 from dualxda_jax.svm.problem import Array, Axis, summed, taken
 from dualxda_jax.svm.working_set import SolverState
 from dualxda_jax.types import SolveInfo
 
 NOWHERE: Any = PartitionSpec()
-INFO = SolveInfo(NOWHERE, NOWHERE, NOWHERE, NOWHERE, NOWHERE)
 
 
 class Rows(NamedTuple):
@@ -85,12 +84,18 @@ def _data(axis: Axis) -> Any:
 def _state(axis: Axis) -> Any:
     each, simplex = PartitionSpec(axis), PartitionSpec(None, axis)
     fields = {"simplex": simplex, "lead": each, "norms": each}
-    return SolverState(**{name: fields.get(name, NOWHERE) for name in SolverState.__dataclass_fields__})
+    names = [name for name in SolverState.__dataclass_fields__ if name != "method"]
+    return SolverState(**{name: fields.get(name, NOWHERE) for name in names})
 
 
 def _start(axis: Axis) -> Any:
     matrix: Any = PartitionSpec(axis, None)
     return Start(matrix, NOWHERE)
+
+
+def _answer(axis: Axis) -> Any:
+    matrix: Any = PartitionSpec(axis, None)
+    return Answer(matrix, NOWHERE, SolveInfo(NOWHERE, NOWHERE, NOWHERE, NOWHERE, NOWHERE))
 
 
 def laid(rows: Rows, data: Data, start: Start | None) -> tuple[Data, Start | None]:
@@ -108,19 +113,17 @@ def _over(rows: Rows, fn: Any, ins: Any, outs: Any) -> Any:
     return jax.shard_map(fn, mesh=mesh, in_specs=ins, out_specs=outs, check_vma=False)
 
 
-def solve_traced(
-    rows: Rows, data: Data, start: Start | None, *, num_classes: int, config: SolverConfig
-) -> tuple[Array, SolveInfo]:
-    """The whole solve as a part of somebody's program: (coefficients [n, k], info)."""
-    fit = functools.partial(driver.solve_traced, num_classes=num_classes, config=config)
+def solve_traced(rows: Rows, data: Data, start: Start | None, *, num_classes: int, config: SolverConfig) -> Answer:
+    """The whole solve as a part of somebody's program."""
+    fit = functools.partial(traced.solve_traced, num_classes=num_classes, config=config)
     ins = _data(rows.axis), None if start is None else _start(rows.axis)
-    return _over(rows, fit, ins, (PartitionSpec(rows.axis, None), INFO))(data, start)
+    return _over(rows, fit, ins, _answer(rows.axis))(data, start)
 
 
 @functools.cache
 def _program(name: str, rows: Rows, **static: Any) -> Any:
     """One of the programs below, on every device's part."""
-    data, state, info = _data(rows.axis), _state(rows.axis), (PartitionSpec(rows.axis, None), INFO)
+    data, state, answer = _data(rows.axis), _state(rows.axis), _answer(rows.axis)
     programs: dict[str, tuple[Any, Any, Any]] = {
         "first_state": (driver.first_state, (data, _start(rows.axis)), state),
         "zero_state": (lambda data, **given: driver.first_state(data, None, **given), (data,), state),
@@ -128,7 +131,7 @@ def _program(name: str, rows: Rows, **static: Any) -> Any:
         "sampled": (resident.sampled, (data,), (NOWHERE, NOWHERE, NOWHERE)),
         "picked": (_picked, (data, NOWHERE), Data(NOWHERE, NOWHERE, NOWHERE, NOWHERE)),
         "one_round": (driver.one_round, (data, state, NOWHERE), (state, NOWHERE, NOWHERE)),
-        "certified": (driver.certified, (data, state), info),
+        "certified": (driver.certified, (data, state), answer),
     }
     fn, ins, outs = programs[name]
     return jax.jit(_over(rows, functools.partial(fn, **static), ins, outs))
@@ -187,6 +190,6 @@ def one_round(
     return _program("one_round", _rows(data), size=size, config=config, precise=precise)(data, state, target)
 
 
-def certified(data: Data, state: SolverState, *, config: SolverConfig) -> tuple[Array, SolveInfo]:
+def certified(data: Data, state: SolverState, *, config: SolverConfig) -> Answer:
     """The coefficients of a state with their certificate."""
     return _program("certified", _rows(data), config=config)(data, state)

@@ -1,5 +1,6 @@
 """The certified solver: `init` and `step` for loops of one's own, `solve` for everybody else."""
 
+import dataclasses
 import warnings
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from dualxda_jax import _check
-from dualxda_jax.svm import driver, host, implicit, implicit_rows, sharded, streamed
+from dualxda_jax.svm import driver, host, implicit, sharded, traced
 from dualxda_jax.svm.config import DEFAULT, NotConvergedWarning, SolverConfig
 from dualxda_jax.svm.inputs import in_trace, prepare, result_dtype, start_of
 from dualxda_jax.svm.problem import Array
@@ -60,7 +61,7 @@ def step(
     features, labels, costs = prepare(features, labels, num_classes, cost, sample_weight, config)
     with jax.enable_x64(True):
         data = driver.Data(features, labels, costs, jnp.ones((), jnp.float64))
-        data, _, config, _ = _placed(data, None, config)
+        data, _, config, _ = _placed(data, None, _as_begun(config, state))
         target = jnp.asarray(config.tolerance, jnp.float64)
         run = host.programs_for(data, config)
         size = min(run.most_rows(data, config), driver.NEWTON_BLOCKS * config.block)
@@ -86,9 +87,18 @@ def finish(
     features, labels, costs = prepare(features, labels, num_classes, cost, sample_weight, config)
     with jax.enable_x64(True):
         data = driver.Data(features, labels, costs, jnp.ones((), jnp.float64))
-        data, _, config, _ = _placed(data, None, config)
-        coefficients, info = host.programs_for(data, config).certified(data, state, config=config)
-        return _solution(coefficients, data, info, config)
+        data, _, config, _ = _placed(data, None, _as_begun(config, state))
+        answer = host.programs_for(data, config).certified(data, state, config=config)
+        solution = _solution(answer, features, config)
+    _warn(solution, config)
+    return solution
+
+
+def _as_begun(config: SolverConfig, state: SolverState) -> SolverConfig:
+    """The config with the method of a state: "auto" may say another inside of a trace than outside."""
+    if config.method not in ("auto", state.method):
+        _check.fail("config.method", repr(config.method), f"{state.method!r}, which the state was begun with")
+    return dataclasses.replace(config, method=state.method)
 
 
 def solve(
@@ -109,8 +119,9 @@ def solve(
     is enabled; features are cast chunk by chunk.
 
     Args:
-        features: [n, d] floating point. NumPy arrays and memory-mapped files beyond `config.device_bytes` stay where
-            they are and pass through the device in parts; there are no derivatives then.
+        features: [n, d] floating point; float64 is rounded to float32 where x64 is off. NumPy arrays and memory-mapped
+            files beyond `config.device_bytes` stay where they are and pass through the device in parts; there are no
+            derivatives then.
         labels: [n] integers in 0..k-1.
         num_classes: k, 2 or more.
         cost: scalar C or one per sample [n]; 0 leaves a sample out.
@@ -138,28 +149,40 @@ def solve(
             data, start = lax.stop_gradient((data, start))
         data, start, config, rows = _placed(data, start, config)
         if not in_trace(data, start):
-            coefficients, info = host.solve_on_host(
-                data, start, num_classes=num_classes, config=config, progress=progress
-            )
+            answer = host.solve_on_host(data, start, num_classes=num_classes, config=config, progress=progress)
         elif progress is not None:
             _check.fail("progress", "a callback inside a trace", "None there")
         elif rows is not None:
-            coefficients, info = sharded.solve_traced(rows, data, start, num_classes=num_classes, config=config)
+            answer = sharded.solve_traced(rows, data, start, num_classes=num_classes, config=config)
         else:
-            coefficients, info = driver.solve_traced(data, start, num_classes=num_classes, config=config)
+            answer = traced.solve_traced(data, start, num_classes=num_classes, config=config)
     if not isinstance(features, np.ndarray):
+        scaling = config.intercept_scaling
         coefficients = implicit.attach(
-            coefficients, features, labels, costs, num_classes=num_classes, intercept_scaling=config.intercept_scaling
+            answer.coefficients, features, labels, costs, num_classes=num_classes, intercept_scaling=scaling
         )
-    solution = _solution(coefficients, driver.Data(features, labels, costs, data.margin), info, config)
-    if not in_trace(solution) and not bool(info.converged):
-        warnings.warn(
-            f"svm.solve reached a relative duality gap of {float(info.gap):.2e}, not the tolerance of "
-            f"{config.tolerance:.0e}, in {int(info.epochs)} epochs: raise config.max_epochs or config.tolerance",
-            NotConvergedWarning,
-            stacklevel=2,
-        )
+        answer = answer._replace(coefficients=coefficients)
+    solution = _solution(answer, features, config)
+    _warn(solution, config)
     return solution
+
+
+def _warn(solution: DualSolution, config: SolverConfig) -> None:
+    """Say so where a solution fell short of its tolerance, and what may help."""
+    if in_trace(solution) or bool(solution.info.converged):
+        return
+    gap, epochs = float(solution.info.gap), int(solution.info.epochs)
+    ended = epochs >= config.max_epochs
+    advice = "raise config.max_epochs or" if ended else "it gets no further; raise"
+    advice += " config.tolerance"
+    if not ended and solution.coefficients.dtype != jnp.float64:
+        advice += " or take float64 (jax_enable_x64)"
+    warnings.warn(
+        f"the SVM has a relative duality gap of {gap:.2e}, not the tolerance of {config.tolerance:.0e}, after "
+        f"{epochs} epochs: {advice}",
+        NotConvergedWarning,
+        stacklevel=3,
+    )
 
 
 def _placed(
@@ -173,11 +196,11 @@ def _placed(
     return data, start, sharded.resolved(config, rows), rows
 
 
-def _solution(coefficients: Array, data: driver.Data, info: SolveInfo, config: SolverConfig) -> DualSolution:
-    if isinstance(data.features, np.ndarray):
-        with jax.enable_x64(True):
-            weights = streamed.solution_weights(data, coefficients, config=config)
-    else:
-        weights = implicit_rows.sum_rows(coefficients, data.features.astype(coefficients.dtype))
-    intercept = config.intercept_scaling**2 * jnp.sum(coefficients, axis=0)
-    return DualSolution(coefficients, weights, intercept, config.intercept_scaling, info)
+def _solution(answer: driver.Answer, features: Array, config: SolverConfig) -> DualSolution:
+    """The answer with weights [k, d] and intercept [k], which follow the coefficients and features in derivatives."""
+    scaling, d = config.intercept_scaling, features.shape[1]
+    weights = answer.weights[:, :d]
+    intercept = scaling * answer.weights[:, d] if scaling else jnp.zeros_like(weights[:, 0])
+    if not isinstance(features, np.ndarray):
+        weights, intercept = implicit.attach_weights(weights, intercept, answer.coefficients, features, scaling)
+    return DualSolution(answer.coefficients, weights, intercept, scaling, answer.info)

@@ -20,7 +20,7 @@ import numpy as np
 from dualxda_jax.svm import block, coordinate, driver, resident, surveys, working_set
 from dualxda_jax.svm import rounds as rounds_of
 from dualxda_jax.svm.config import SolverConfig
-from dualxda_jax.svm.driver import Data, problem_from
+from dualxda_jax.svm.driver import Answer, Data, problem_from
 from dualxda_jax.svm.inputs import Start, device_limit
 from dualxda_jax.svm.problem import (
     Array,
@@ -33,7 +33,6 @@ from dualxda_jax.svm.problem import (
     weights_of,
 )
 from dualxda_jax.svm.working_set import SolverState
-from dualxda_jax.types import SolveInfo
 
 # Rows that a slab takes from one place: as many as make reading from a file worth while.
 PIECE = 256
@@ -196,6 +195,7 @@ def _begin(
         first_penalty=first,
         visits=visits + float(q.shape[1]),
         samples=jnp.full_like(visits, q.shape[1]),
+        method=config.method,
         **seen,
     )
 
@@ -297,7 +297,7 @@ def _after(state: SolverState, seen: dict[str, Array]) -> tuple[SolverState, Arr
     return state, relative(state.gap, state.primal), state.undecided
 
 
-def certified(data: Data, state: SolverState, *, config: SolverConfig) -> tuple[Array, SolveInfo]:
+def certified(data: Data, state: SolverState, *, config: SolverConfig) -> Answer:
     """The coefficients of a state with their certificate."""
     dtype, k = data.costs.dtype, state.weights.shape[0]
     coefficients, q = _rounded(data.labels, data.costs, state.simplex, dtype=dtype)
@@ -307,7 +307,7 @@ def certified(data: Data, state: SolverState, *, config: SolverConfig) -> tuple[
     body = functools.partial(_certify, at, q, config=config)
     loss, gap = _fold(plain, config, body, (zero, zero))
     primal = 0.5 * jnp.sum(at * at) + loss
-    return coefficients, driver.info_of(primal, gap, state.epochs + 2, config, dtype)
+    return driver.Certificate(coefficients, at, primal, gap).answer(state.epochs + 2, config)
 
 
 @functools.partial(jax.jit, static_argnames=("dtype",))
@@ -324,11 +324,3 @@ def _certify(
     problem = problem_from(_part(slab, places), q.shape[0], config)
     primal, gap = primal_and_gap(problem, weights, _columns(q, places))
     return carry[0] + primal - 0.5 * jnp.sum(weights * weights), carry[1] + gap
-
-
-def solution_weights(data: Data, coefficients: Array, *, config: SolverConfig) -> Array:
-    """[k, d] Σ coefficients_i ⊗ φ_i, in the dtype of the coefficients."""
-    costs = data.costs.astype(jnp.float64)
-    q = from_coefficients(coefficients.astype(jnp.float64), data.labels, costs)
-    found = weights(data, q, num_classes=coefficients.shape[1], config=config)
-    return found[:, : data.features.shape[1]].astype(coefficients.dtype)

@@ -74,6 +74,7 @@ class SolverState:
         norms: [n] ‖(φ_i, b)‖.
         visits: scalar, samples looked at so far.
         samples: scalar, how many there are.
+        method: static, that of the config that it began with, "auto" resolved.
     """
 
     weights: Array
@@ -87,6 +88,7 @@ class SolverState:
     norms: Array
     visits: Array
     samples: Array
+    method: str = dataclasses.field(default="newton", metadata={"static": True})
 
     @property
     def distance(self) -> Array:
@@ -183,6 +185,7 @@ def begin(
         norms=surveys.norms_of(problem),
         visits=visits + n,
         samples=jnp.full_like(visits, n),
+        method=config.method,
         **seen,
     )
 

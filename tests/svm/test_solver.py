@@ -177,10 +177,23 @@ def test_bad_input(rng, change, message):
         svm.solve(given.pop("features"), given.pop("labels"), **given)
 
 
-@pytest.mark.parametrize("bad", [{"tolerance": 0.0}, {"max_epochs": 0}, {"growth": 1.0}, {"intercept_scaling": -1.0}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"tolerance": 0.0}, {"tolerance": "a"}, {"max_epochs": 0}, {"max_epochs": 1.5}, {"chunk": 2.5}, {"block": "3"},
+        {"max_newton": True}, {"growth": 1.0}, {"intercept_scaling": -1.0}, {"intercept_scaling": "1"},
+        {"device_bytes": "1GB"}, {"axis": 3}, {"axis": ["data"]},
+    ],
+)  # fmt: skip
 def test_bad_config(bad):
     with pytest.raises(ValueError, match=f"config.{next(iter(bad))}"):
         svm.SolverConfig(**bad)
+
+
+@pytest.mark.parametrize("config", [None, {"tolerance": 1.0}, svm.SolverConfig])
+def test_a_config_of_another_type(rng, config):
+    with pytest.raises(ValueError, match=r"config: got .*, must be a svm\.SolverConfig"):
+        svm.solve(*make(rng), num_classes=4, cost=1.0, config=config)
 
 
 def test_same_shapes_compile_once(rng):
