@@ -12,7 +12,7 @@ from dualxda_jax.xda.graph import Atom, Constant, Equation, Graph, Value
 _ELEMENTWISE = frozenset([
     "add", "sub", "mul", "div", "neg", "max", "min", "tanh", "logistic", "erf", "erfc", "integer_pow", "square", "abs",
     "copy", "select_n", "expm1", "exp", "log1p", "log", "pow", "sqrt", "convert_element_type", "sin", "cos", "clamp",
-    "gt", "ge", "lt", "le", "eq", "ne", "sign",
+    "gt", "ge", "lt", "le", "eq", "ne", "sign", "and", "or", "not", "xor", "is_finite",
 ])
 # fmt: on
 
@@ -48,8 +48,9 @@ def clusters(graph: Graph, merged: set[Equation], read: set[Atom]) -> dict[Equat
             continue
         (output,) = equation.outputs
         root[output] = source
-        live = [a for a in equation.inputs if graph.is_live(a)]
-        if len(live) > 1 or joined.intersection(live):
+        # A condition carries no relevance, but what is chosen by it is the function's as much as what it is computed of.
+        varying = [a for a in equation.inputs if not graph.is_fixed(a)]
+        if len(varying) > 1 or joined.intersection(varying):
             joined.add(output)
     found = {}
     for value in joined:

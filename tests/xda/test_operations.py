@@ -140,6 +140,45 @@ def test_relevance_handed_to_the_output_arrives(fn, name, given):
     np.testing.assert_allclose(maps.sum(1), (y * y).sum(1), rtol=2e-3)
 
 
+BY_HAND = {
+    "hard_tanh": (jax.nn.hard_tanh, lambda z: jnp.clip(z, -1, 1)),
+    "one bound": (lambda z: jnp.where(z > 1, 1.0, z), lambda z: jnp.minimum(z, 1.0)),
+    "a bound outside of an interval": (
+        lambda z: jnp.where((z > 1) | jnp.logical_not(z >= -1), jnp.sign(z), z),
+        lambda z: jnp.clip(z, -1, 1),
+    ),
+    "a factor": (lambda z: z * (z <= 1).astype(z.dtype) + (z > 1).astype(z.dtype), lambda z: jnp.minimum(z, 1.0)),
+    "relu": (lambda z: jnp.where(z > 0, z, 0.0), jax.nn.relu),
+    "leaky relu": (lambda z: jnp.where(z < 0, 0.1 * z, z), lambda z: jnp.maximum(z, 0.1 * z)),
+}
+
+
+@pytest.mark.parametrize("name", ["epsilon", "epsilon_plus_flat"])
+@pytest.mark.parametrize("what", BY_HAND)
+def test_functions_by_conditions_are_the_same_functions(what, name):
+    w, x = jnp.asarray([[1.0, 2.0], [3.0, -1.0]]), jnp.asarray([[2.0, 1.5], [0.1, 0.05], [-2.0, 0.5]])
+    composite = getattr(composites, name)()
+    found, expected = (
+        xda.relevance(lambda p, x, fn=fn: fn(x @ p), w, x, jnp.ones((3, 2)), composite=composite)
+        for fn in BY_HAND[what]
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.sum(1), 2.0, rtol=1e-5)
+
+
+def test_a_mask_that_is_no_function_of_what_it_hides_routes(given):
+    params, x = given
+    causal = jnp.tril(jnp.ones((6, 6), bool))
+
+    def masked(params, x):
+        y = x @ params["w"]
+        y = jnp.where(x > 0, y, 1.0) + jnp.where(params["w"][:1] > 0, y, 0.0)
+        return jnp.where(causal[:4], y, 0.0)
+
+    table = xda.explain_rules(masked, params, x, composite=composites.epsilon())
+    assert [row.rule for row in table.rows if row.operation == "select_n"] == ["route"] * 3
+
+
 REFUSED = {
     "reduce_window": lambda y: lax.reduce_window(y, 1.0, lax.mul, (1, 2), (1, 2), "VALID"),
     "cumprod": lambda y: jnp.cumprod(y, axis=1),
