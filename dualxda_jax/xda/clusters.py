@@ -1,7 +1,7 @@
 """Elementwise functions that a trace has taken apart.
 
-GELU and SiLU arrive as a handful of equations that read one value several times (x · σ(x)). To relevance they are one
-function y = f(x), and what arrives at y belongs to x.
+GELU and SiLU arrive as a handful of equations that read one value several times (x · σ(x)), a sigmoid written out as a
+chain of them (1 / (1 + exp(-x))). To relevance they are one function y = f(x), and what arrives at y belongs to x.
 """
 
 import dataclasses
@@ -11,8 +11,18 @@ from dualxda_jax.xda.graph import Atom, Constant, Equation, Graph, Value
 # fmt: off
 _ELEMENTWISE = frozenset([
     "add", "sub", "mul", "div", "neg", "max", "min", "tanh", "logistic", "erf", "erfc", "integer_pow", "square", "abs",
-    "copy", "select_n", "expm1", "exp", "log1p", "log", "pow", "sqrt", "convert_element_type", "sin", "cos", "clamp",
+    "copy", "select_n", "expm1", "exp", "exp2", "log1p", "log", "pow", "sqrt", "cbrt", "convert_element_type", "sin",
+    "cos", "tan", "sinh", "cosh", "asin", "acos", "atan", "asinh", "acosh", "atanh", "clamp",
     "gt", "ge", "lt", "le", "eq", "ne", "sign", "and", "or", "not", "xor", "is_finite",
+])
+# What makes a chain a function of its own even if it reads one value once, which scales, shifts and ReLU do not.
+_CURVED = frozenset([
+    "exp", "exp2", "log", "pow", "cos", "tan", "sinh", "cosh", "asin", "acos", "acosh", "atanh",
+])
+_SCALES = frozenset(["neg", "mul", "div", "convert_element_type", "copy"])
+# What moves entries about, on the way to a sum or from one.
+_SHAPES = frozenset([
+    "broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "convert_element_type", "copy", "slice",
 ])
 # fmt: on
 
@@ -42,6 +52,7 @@ def clusters(graph: Graph, merged: set[Equation], read: set[Atom]) -> dict[Equat
     """
     root: dict[Value, Value] = {}
     joined: set[Value] = set()
+    curved: set[Value] = set()
     for equation in graph.equations:
         source = _root(graph, equation, root, merged)
         if source is None:
@@ -52,15 +63,49 @@ def clusters(graph: Graph, merged: set[Equation], read: set[Atom]) -> dict[Equat
         varying = [a for a in equation.inputs if not graph.is_fixed(a)]
         if len(varying) > 1 or joined.intersection(varying):
             joined.add(output)
+        elif curved.intersection(varying) or (_is_curved(graph, equation) and not _from_sum(graph, source)):
+            curved.add(output)
     found = {}
-    for value in joined:
-        if not graph.is_live(value):
+    for value in joined | curved:
+        if not graph.is_live(value) or (value in curved and _into_sum(graph, value)):
             continue
         inside = [root.get(u.outputs[0]) is root[value] for u in graph.users.get(value, ())]
         if value in graph.outputs or value in read or not inside or not all(inside):
             cluster = _collect(graph, value, root)
-            found[cluster.equations[-1]] = cluster
+            if value in joined or _is_function(graph, cluster):
+                found[cluster.equations[-1]] = cluster
     return found
+
+
+def _is_function(graph: Graph, cluster: Cluster) -> bool:
+    """Whether a chain is more than one exponential, logarithm or reciprocal, which may belong to anything."""
+    return sum(e.name not in _SCALES or _is_curved(graph, e) for e in cluster.equations) > 1
+
+
+def _is_curved(graph: Graph, equation: Equation) -> bool:
+    return equation.name in _CURVED or (equation.name == "div" and graph.is_fixed(equation.inputs[0]))
+
+
+def _is_sum(graph: Graph, equation: Equation) -> bool:
+    """Whether it adds up values of the data, as for a norm or the denominator of a softmax."""
+    if equation.name == "dot_general":
+        return not any(graph.is_fixed(a) for a in equation.inputs)
+    return equation.name.startswith(("reduce_", "cum", "psum"))
+
+
+def _from_sum(graph: Graph, value: Value) -> bool:
+    """Whether a value is such a sum: its logarithm or reciprocal normalises, and has no relevance of its own."""
+    equation = graph.producer.get(value)
+    if equation is None or _is_sum(graph, equation):
+        return equation is not None
+    varying = [a for a in equation.inputs if isinstance(a, Value) and not graph.is_fixed(a)]
+    return equation.name in _SHAPES | _ELEMENTWISE and len(varying) == 1 and _from_sum(graph, varying[0])
+
+
+def _into_sum(graph: Graph, value: Value) -> bool:
+    """Whether a value is added up next: exponentials that are belong to a softmax or logsumexp."""
+    users = graph.users.get(value, ())
+    return any(_is_sum(graph, u) or (u.name in _SHAPES and _into_sum(graph, u.outputs[0])) for u in users)
 
 
 def _root(graph: Graph, equation: Equation, root: dict[Value, Value], merged: set[Equation]) -> Value | None:

@@ -166,6 +166,39 @@ def test_functions_by_conditions_are_the_same_functions(what, name):
     np.testing.assert_allclose(found.sum(1), 2.0, rtol=1e-5)
 
 
+WRITTEN_OUT = {
+    "sigmoid": (lambda z: 1 / (1 + jnp.exp(-z)), jax.nn.sigmoid),
+    "softplus": (lambda z: jnp.log(1 + jnp.exp(z)), jax.nn.softplus),
+    "expm1": (lambda z: jnp.exp(z) - 1, jnp.expm1),
+    "bell": (lambda z: jnp.exp(-(z**2)), None),
+    "reciprocal": (lambda z: 1 / (1 + z**2), None),
+    "square root": (lambda z: jnp.abs(z) ** 0.5, lambda z: jnp.sqrt(jnp.abs(z))),
+    "hyperbolic": (lambda z: 2 / (jnp.exp(z) + 1), None),
+}
+
+
+@pytest.mark.parametrize("what", WRITTEN_OUT)
+def test_functions_written_out_are_the_same_functions(what):
+    w, x = jnp.asarray([[1.0, 2.0], [3.0, -1.0]]), jnp.asarray([[2.0, 1.5], [0.1, 0.05], [-2.0, 0.5]])
+    chain, function = WRITTEN_OUT[what]
+
+    def explain(fn):
+        return xda.relevance(lambda p, x: fn(x @ p), w, x, jnp.ones((3, 2)), composite=composites.epsilon())
+
+    np.testing.assert_allclose(explain(chain).sum(1), 2.0, rtol=1e-4)
+    if function is not None:
+        np.testing.assert_allclose(explain(chain), explain(function), rtol=1e-4)
+
+
+def test_layers_follow_functions_written_out():
+    w, x = jnp.asarray([[1.0, 2.0], [3.0, -1.0]]), jnp.asarray([[2.0, 1.5], [0.1, 0.05], [-2.0, 0.5]])
+    by_hand, sigmoid = (
+        xda.relevance(lambda p, x, fn=fn: fn(x @ p) @ p, w, x, jnp.ones((3, 2)), composite=composites.epsilon())
+        for fn in (WRITTEN_OUT["sigmoid"][0], jax.nn.sigmoid)
+    )
+    np.testing.assert_allclose(by_hand, sigmoid, rtol=1e-4)
+
+
 def test_a_mask_that_is_no_function_of_what_it_hides_routes(given):
     params, x = given
     causal = jnp.tril(jnp.ones((6, 6), bool))
@@ -183,6 +216,9 @@ REFUSED = {
     "reduce_window": lambda y: lax.reduce_window(y, 1.0, lax.mul, (1, 2), (1, 2), "VALID"),
     "cumprod": lambda y: jnp.cumprod(y, axis=1),
     "log": lambda y: jax.nn.logsumexp(y.reshape(-1, 3, 2), axis=2),
+    "log.*": lambda y: jnp.log(jnp.exp(2 * y).sum(1, keepdims=True) / 2),
+    "div.*": lambda y: y * (1 / (0.1 + jnp.sqrt((y * y).sum(1, keepdims=True)))),
+    "exp.*": lambda y: jnp.exp(-y).sum(1, keepdims=True),
     "cumlogsumexp": lambda y: lax.cumlogsumexp(y, axis=1),
     "convert_element_type.*complex": lambda y: jnp.abs(jnp.fft.fft(y)),
     "convert_element_type.*whole numbers": lambda y: y.astype(jnp.int32).astype(jnp.float32),
