@@ -144,7 +144,7 @@ def epsilon_gamma_box(
     """
     lows, highs = np.asarray(low, np.float64), np.asarray(high, np.float64)
     for argument, bound in (("low", lows), ("high", highs)):
-        if bound.ndim > 1 or not np.isfinite(bound).all():
+        if bound.ndim > 1 or bound.size == 0 or not np.isfinite(bound).all():
             _check.fail(argument, bound.tolist(), "one finite number, or one for each channel")
     if lows.ndim and highs.ndim and lows.shape != highs.shape:
         _check.fail("high", f"{highs.size} bounds", f"as many as low has ({lows.size})")

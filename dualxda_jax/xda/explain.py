@@ -36,9 +36,8 @@ def relevance(feature_fn: FeatureFn, params: Params, x: Array, seed: Array, *, c
         ValueError: shapes that do not fit, x that is neither floating nor tokens, or something that is not a composite.
         NoRuleError: the function contains an operation that relevance cannot pass.
     """
-    check_inputs(feature_fn, params, "x", x, composite)
-    features = jax.eval_shape(feature_fn, params, x)
-    _check.shape("seed", seed, features.shape)
+    features = check_inputs(feature_fn, params, "x", x, composite)
+    check_seed(seed, features)
     return _relevance(feature_fn, params, x, jnp.asarray(seed), composite)
 
 
@@ -66,6 +65,9 @@ def explain_pair(
     Source: DualXDA (arXiv 2402.12118), section on XDA.
     """
     _check.shape("coefficient", coefficient, ())
+    _check.numbers("coefficient", coefficient)
+    for argument, sample in (("x_test", x_test), ("x_train", x_train)):
+        _check_array(argument, sample)
     _check.shape("x_train", x_train, np.shape(x_test))
     one = explain_pairs(
         feature_fn, params, x_test[None], x_train[None], jnp.asarray(coefficient)[None], composite=composite
@@ -101,8 +103,10 @@ def explain_pairs(
         ValueError, NoRuleError: as `relevance`.
     """
     check_inputs(feature_fn, params, "x_test", x_test, composite)
+    _check_array("x_train", x_train)
     _check.shape("x_train", x_train, np.shape(x_test))
     _check.shape("coefficients", coefficients, np.shape(x_test)[:1])
+    _check.numbers("coefficients", coefficients)
     if chunk_size < 1:
         _check.fail("chunk_size", chunk_size, "at least 1")
     if jnp.result_type(x_train) != jnp.result_type(x_test):
@@ -128,18 +132,36 @@ def explain_logit(
         Array like x; with zero_bias it sums to ⟨weights[target], φ(x)⟩.
 
     Raises:
-        ValueError, NoRuleError: as `relevance`; target outside of 0..k-1.
+        ValueError, NoRuleError: as `relevance`; target outside of 0..k-1, a surrogate of other features.
     """
+    if not hasattr(model, "weights"):
+        _check.fail("model", type(model).__name__, "a SupportModel, as svm.compress returns")
     _check.shape("target", target, ())
     _check.integers("target", target)
     _check.class_range("target", target, model.weights.shape[0])
-    check_inputs(feature_fn, params, "x", jnp.asarray(x)[None], composite)
+    features = check_inputs(feature_fn, params, "x", jnp.asarray(x)[None], composite)
+    k, d = np.shape(model.weights)
+    if d != features.shape[1]:
+        _check.fail("model", f"weights of shape {(k, d)}", f"[{k}, {features.shape[1]}], as many as feature_fn gives")
     return _logit(feature_fn, params, model.weights, jnp.asarray(x), jnp.asarray(target), composite)
 
 
-def check_inputs(feature_fn: FeatureFn, params: Params, argument: str, x: Array, composite: Composite) -> None:
-    """Refuse inputs that do not fit, and feature functions that are none."""
+def _check_array(argument: str, value: Any) -> None:
+    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
+        _check.fail(argument, type(value).__name__, "an array")
+
+
+def check_seed(seed: Any, features: Any) -> None:
+    """Refuse relevance that is not of the features' shape."""
+    _check.shape("seed", seed, features.shape)
+    _check.numbers("seed", seed)
+
+
+def check_inputs(feature_fn: FeatureFn, params: Params, argument: str, x: Array, composite: Composite) -> Any:
+    """Refuse inputs that do not fit, and feature functions that are none; gives the features' shape and dtype."""
     transform.check_composite(composite)
+    transform.check_callable("feature_fn", feature_fn)
+    _check_array(argument, x)
     try:
         hash(feature_fn)
     except TypeError:
@@ -158,6 +180,7 @@ def check_inputs(feature_fn: FeatureFn, params: Params, argument: str, x: Array,
         raise ValueError(f"{argument}: got {was}, must be floating, or tokens that it looks up") from error
     if getattr(out, "ndim", None) != 2 or out.shape[0] != np.shape(x)[0]:
         _check.fail("feature_fn", f"output {out} for {argument} of shape {np.shape(x)}", "features [b, d]")
+    return out
 
 
 def _propagator(feature_fn: FeatureFn, params: Params, x: Array, composite: Composite) -> Any:

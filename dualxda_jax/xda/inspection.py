@@ -144,6 +144,9 @@ def check_conservation(
     Raises:
         ValueError, NoRuleError: as `relevance`.
     """
+    if seed is not None:
+        explain.check_seed(seed, explain.check_inputs(feature_fn, params, "x", x, composite))
+        seed = jnp.asarray(seed)
     planned = _plan(feature_fn, params, x, composite)
     sums, start, end = _sums(feature_fn, params, x, seed, composite)
     rows = []

@@ -5,6 +5,9 @@ import fnmatch
 import warnings
 from collections.abc import Iterator
 
+import numpy as np
+
+from dualxda_jax import _check
 from dualxda_jax.xda import facts, rules, steps, walk
 from dualxda_jax.xda.clusters import clusters
 from dualxda_jax.xda.composites import Composite
@@ -56,6 +59,7 @@ def make(graph: Graph, composite: Composite, *, seeded: bool) -> Plan:
 
     Raises:
         NoRuleError: an operation that relevance cannot pass.
+        ValueError: bounds of the z-box rule for another number of channels.
     """
     found = {block.equation: block for part in _parts(graph) for block in blocks(part)}
     merged = {link.equation for block in found.values() for link in block.after}
@@ -153,8 +157,19 @@ def _rule(graph: Graph, composite: Composite, block: Block, first: bool) -> rule
         if path and fnmatch.fnmatchcase(path, pattern):
             return rule
     if first:
+        if isinstance(composite.first, rules.ZBox):
+            _check_bounds(composite.first, block)
         return composite.first
     return composite.convolution if block.is_convolution else composite.dense
+
+
+def _check_bounds(rule: rules.ZBox, block: Block) -> None:
+    """Refuse bounds that are not those of the first layer's channels."""
+    shape = block.input.aval.shape
+    for argument, bound in (("low", rule.low), ("high", rule.high)):
+        if np.size(bound) not in (1, *shape[-1:]):
+            must = f"one number, or one for each of the {shape[-1]} entries along the last axis of {shape}, the input"
+            _check.fail(argument, f"{np.size(bound)} bounds", must)
 
 
 def _step(graph: Graph, composite: Composite, equation: Equation) -> Step:

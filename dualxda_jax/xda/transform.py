@@ -28,9 +28,10 @@ def lrp(fn: Callable[[Array], Any], *, composite: Composite) -> Callable[[Array]
         relevance by the parameters are exact.
 
     Raises:
-        ValueError: the composite's first-layer rule puts relevance where the input is zero (flat, w², z-box).
+        ValueError: fn is no function; the composite's first-layer rule puts relevance where the input is zero (flat, w², z-box).
         NoRuleError: when called, if fn contains an operation that relevance cannot pass.
     """
+    check_callable("fn", fn)
     check_composite(composite)
     if not composite.differentiable:
         _check.fail(
@@ -57,6 +58,12 @@ def _split_parameters(fn: Callable[[Array], Any]) -> tuple[Callable[..., Any], t
         return fn, ()
     arrays = all(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(fn.args))
     return (fn.func, fn.args) if arrays else (fn, ())
+
+
+def check_callable(argument: str, fn: Any) -> None:
+    """Refuse what cannot be called, as a module in place of its `apply`."""
+    if not callable(fn):
+        _check.fail(argument, type(fn).__name__, "a function")
 
 
 def check_composite(composite: Any) -> None:

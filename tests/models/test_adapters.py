@@ -149,6 +149,12 @@ def test_linen_heads_that_cannot_be(module, head, message, x):
         models.from_linen(module, head=head).features(variables, x)
 
 
+@pytest.mark.parametrize("adapter", [models.from_linen, models.from_nnx])
+def test_what_is_no_module_is_named(adapter):
+    with pytest.raises(ValueError, match="module: got int"):
+        adapter(3, head="head")
+
+
 @pytest.mark.parametrize("head", ["", "a//b", None])
 def test_a_head_that_is_no_path(head):
     with pytest.raises(ValueError, match="head"):

@@ -46,6 +46,8 @@ def test_bounds_are_checked():
         composites.epsilon_gamma_box(1.0, 1.0)
     with pytest.raises(ValueError, match="high"):
         composites.epsilon_gamma_box((0.0, 0.0), (1.0, 1.0, 1.0))
+    with pytest.raises(ValueError, match="low"):
+        composites.epsilon_gamma_box((), 1.0)
 
 
 def test_alpha_beta_must_differ_by_one():

@@ -176,6 +176,25 @@ def test_bfloat16_stays_close_to_float32(params, images):
     assert correlation > 0.99
 
 
+@pytest.mark.parametrize(("low", "high", "named"), [((0.0, 0.0), 1.0, "low"), (-1.0, (1.0,) * 4, "high")])
+def test_bounds_for_other_channels_are_named(low, high, named, params, images):
+    composite = composites.epsilon_gamma_box(low, high)
+    for explain in (xda.check_conservation, xda.explain_rules):
+        with pytest.raises(ValueError, match=rf"{named}: got \d bounds, must be one number.*the 3 entries"):
+            explain(network, params, images, composite=composite)
+
+
+def test_a_surrogate_of_other_features_is_named(params, images):
+    composite = composites.epsilon()
+    weights = np.zeros((3, 5), np.float32)
+    empty = np.zeros((0, 5), np.float32)
+    model = types.SupportModel(empty[:, :3], empty, empty[:, 0], empty[:, 0], weights, weights[:, 0], 1.0, 4)
+    with pytest.raises(ValueError, match=r"model: got weights of shape \(3, 5\), must be \[3, 8\]"):
+        xda.explain_logit(network, params, model, images[0], 1, composite=composite)
+    with pytest.raises(ValueError, match="model: got ndarray"):
+        xda.explain_logit(network, params, weights, images[0], 1, composite=composite)
+
+
 def test_bad_input_is_named(params, images):
     composite = composites.epsilon_plus()
     with pytest.raises(ValueError, match="seed"):
@@ -190,3 +209,17 @@ def test_bad_input_is_named(params, images):
         xda.explain_pair(network, params, images[0], images[1], jnp.ones(2), composite=composite)
     with pytest.raises(ValueError, match="feature_fn"):
         xda.relevance(lambda p, x: x, params, images, images, composite=composite)
+    with pytest.raises(ValueError, match="feature_fn: got NoneType"):
+        xda.relevance(None, params, images, images, composite=composite)
+    with pytest.raises(ValueError, match="fn: got dict"):
+        xda.lrp(params, composite=composite)
+    with pytest.raises(ValueError, match="x: got list"):
+        xda.relevance(network, params, images.tolist(), jnp.zeros((5, 8)), composite=composite)
+    with pytest.raises(ValueError, match="x_test: got list"):
+        xda.explain_pair(network, params, images[0].tolist(), images[1], 1.0, composite=composite)
+    with pytest.raises(ValueError, match="coefficient: got dtype <U1"):
+        xda.explain_pair(network, params, images[0], images[1], "a", composite=composite)
+    with pytest.raises(ValueError, match="coefficients: got dtype <U1"):
+        xda.explain_pairs(network, params, images, images, list("abcde"), composite=composite)
+    with pytest.raises(ValueError, match=r"seed: got shape \(5, 9\), must be \[5, 8\]"):
+        xda.check_conservation(network, params, images, composite=composite, seed=jnp.zeros((5, 9)))
