@@ -37,8 +37,9 @@ def from_linen(module: nn.Module, *, head: str, call_kwargs: Mapping[str, Any] |
         the same functions, so that `jax.jit` compiles them once.
 
     Raises:
-        ValueError: no linen module; `head` is empty; and when the functions run: there is no such layer, it is not a Dense layer, it is
-            called more than once or inside of a transform that hides its input, or its input is not [b, d].
+        ValueError: not a linen module; `head` is empty; and when the functions run: there is no such layer, it is not a
+            Dense layer, it is called more than once or inside of a transform that hides its input, or its input is not
+            [b, d].
     """
     if not isinstance(module, nn.Module):
         fail("module", type(module).__name__, "a flax.linen module")
@@ -100,8 +101,8 @@ def from_nnx(
         FeatureModel and its parameters, an `nnx.State`.
 
     Raises:
-        ValueError: no nnx module; there is no such layer or it is not a Linear layer; and when the functions run: it is called more
-            than once or never, or its input is not [b, d].
+        ValueError: not an nnx module; there is no such layer or it is not a Linear layer; and when the functions run:
+            it is called more than once or never, or its input is not [b, d].
     """
     if not isinstance(module, nnx.Module):
         fail("module", type(module).__name__, "a flax.nnx module")

@@ -59,7 +59,7 @@ def clusters(graph: Graph, merged: set[Equation], read: set[Atom]) -> dict[Equat
             continue
         (output,) = equation.outputs
         root[output] = source
-        # A condition carries no relevance, but what is chosen by it is the function's as much as what it is computed of.
+        # A condition carries no relevance, but what it chooses is the function's as much as what is computed.
         varying = [a for a in equation.inputs if not graph.is_fixed(a)]
         if len(varying) > 1 or joined.intersection(varying):
             joined.add(output)

@@ -15,13 +15,19 @@ Source: the composites of Anders et al. 2021 (zennit), whose conventions these f
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from dualxda_jax import _check
 from dualxda_jax.xda import rules
 from dualxda_jax.xda.rules import Rule
+
+_KNOWN = {
+    "activation": ("pass", "gradient", "guided"),
+    "on_unknown": ("raise", "gradient"),
+    "seed": ("relevance", "gradient"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,15 +63,15 @@ class Composite:
     seed: Literal["relevance", "gradient"] = "relevance"
 
     def __post_init__(self) -> None:
-        for where in ("convolution", "dense"):
-            rule = getattr(self, where)
-            if isinstance(rule, rules.FIRST_LAYER_ONLY):
-                _check.fail(where, rule, "a rule of the form activation times cotangent; this one only fits `first`")
-        for pattern, rule in self.overrides:
-            if isinstance(rule, rules.FIRST_LAYER_ONLY):
-                _check.fail(f"overrides[{pattern!r}]", rule, "a rule of the form activation times cotangent")
-        if self.on_unknown not in ("raise", "gradient"):
-            _check.fail("on_unknown", repr(self.on_unknown), "'raise' or 'gradient'")
+        for where in ("convolution", "dense", "first"):
+            _check_rule(where, getattr(self, where), first=where == "first")
+        _check_overrides(self.overrides)
+        for field, known in _KNOWN.items():
+            value = getattr(self, field)
+            if not isinstance(value, str) or value not in known:
+                _check.fail(field, repr(value), " or ".join(map(repr, known)))
+        rules.check_flag("zero_bias", self.zero_bias)
+        rules.check_number("stabilizer", self.stabilizer)
 
     @property
     def differentiable(self) -> bool:
@@ -73,9 +79,25 @@ class Composite:
         return not isinstance(self.first, rules.FIRST_LAYER_ONLY)
 
 
-def _positive(argument: str, value: float) -> float:
-    if not np.isfinite(value) or value < 0:
-        _check.fail(argument, value, "finite and not negative")
+def _check_rule(where: str, rule: Any, *, first: bool) -> None:
+    if rule is not None and not isinstance(rule, Rule):
+        _check.fail(where, repr(rule), "a rule of xda.rules, as rules.Epsilon(), or None")
+    if isinstance(rule, rules.FIRST_LAYER_ONLY) and not first:
+        _check.fail(where, rule, "a rule of the form activation times cotangent; this one only fits `first`")
+
+
+def _check_overrides(overrides: Any) -> None:
+    # Tuples throughout: a composite is hashed.
+    if not isinstance(overrides, tuple):
+        _check.fail("overrides", type(overrides).__name__, "a tuple of pairs (pattern, rule)")
+    for pair in overrides:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
+            _check.fail("overrides", repr(pair), "pairs (pattern, rule), each a tuple with a string first")
+        _check_rule(f"overrides[{pair[0]!r}]", pair[1], first=False)
+
+
+def _positive(argument: str, value: Any) -> float:
+    rules.check_number(argument, value.item() if np.shape(value) == () and hasattr(value, "item") else value)
     return float(value)
 
 

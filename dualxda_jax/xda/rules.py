@@ -9,7 +9,9 @@ Source: Bach et al. 2015 (ε, αβ); Montavon et al. 2017 (z⁺, w², z-box); Mo
 """
 
 import dataclasses
+import numbers
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +21,30 @@ from dualxda_jax import _check
 from dualxda_jax.types import Array
 
 
+def check_number(argument: str, value: Any) -> None:
+    """Check that a constant of a rule is a finite Python or NumPy number, which hashes, and not negative."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) < np.inf:
+        _check.fail(argument, repr(value), "a number, finite and not negative")
+
+
+def check_flag(argument: str, value: Any) -> None:
+    """Check that something is either True or False."""
+    if not isinstance(value, bool | np.bool_):
+        _check.fail(argument, repr(value), "True or False")
+
+
+class _Checked:
+    """A rule whose fields are numbers and flags."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # the subclasses are dataclasses
+            if field.name not in ("low", "high"):
+                check = check_flag if field.name == "zero_bias" else check_number
+                check(field.name, getattr(self, field.name))
+
+
 @dataclasses.dataclass(frozen=True)
-class Epsilon:
+class Epsilon(_Checked):
     """ε-rule: every contribution in proportion to its share of z."""
 
     epsilon: float = 1e-6
@@ -28,7 +52,7 @@ class Epsilon:
 
 
 @dataclasses.dataclass(frozen=True)
-class ZPlus:
+class ZPlus(_Checked):
     """z⁺-rule: only the positive contributions."""
 
     stabilizer: float = 1e-6
@@ -36,7 +60,7 @@ class ZPlus:
 
 
 @dataclasses.dataclass(frozen=True)
-class AlphaBeta:
+class AlphaBeta(_Checked):
     """αβ-rule: α times the positive less β times the negative contributions; α - β must be 1."""
 
     alpha: float = 2.0
@@ -45,12 +69,13 @@ class AlphaBeta:
     zero_bias: bool = True
 
     def __post_init__(self) -> None:
-        if self.alpha < 0 or self.beta < 0 or abs(self.alpha - self.beta - 1) > 1e-9:
+        super().__post_init__()
+        if abs(self.alpha - self.beta - 1) > 1e-9:
             _check.fail("alpha, beta", (self.alpha, self.beta), "non-negative with alpha - beta = 1")
 
 
 @dataclasses.dataclass(frozen=True)
-class Gamma:
+class Gamma(_Checked):
     """γ-rule: contributions of the output's sign are favoured by the factor 1 + γ."""
 
     gamma: float = 0.25
@@ -59,7 +84,7 @@ class Gamma:
 
 
 @dataclasses.dataclass(frozen=True)
-class ZBox:
+class ZBox(_Checked):
     """z-box rule for inputs known to lie in [low, high]; a tuple holds one bound for each entry of the last axis."""
 
     low: float | tuple[float, ...]
@@ -67,9 +92,16 @@ class ZBox:
     stabilizer: float = 1e-6
     zero_bias: bool = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for argument, bound in (("low", self.low), ("high", self.high)):
+            each = bound if isinstance(bound, tuple) else (bound,)
+            if not each or not all(isinstance(b, numbers.Real) and np.isfinite(float(b)) for b in each):
+                _check.fail(argument, repr(bound), "a finite number, or a tuple of them")
+
 
 @dataclasses.dataclass(frozen=True)
-class WSquare:
+class WSquare(_Checked):
     """w²-rule: in proportion to the squared weights, whatever the input."""
 
     stabilizer: float = 1e-6
@@ -77,7 +109,7 @@ class WSquare:
 
 
 @dataclasses.dataclass(frozen=True)
-class Flat:
+class Flat(_Checked):
     """Flat rule: spread evenly over the receptive field."""
 
     stabilizer: float = 1e-6

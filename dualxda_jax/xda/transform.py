@@ -28,7 +28,8 @@ def lrp(fn: Callable[[Array], Any], *, composite: Composite) -> Callable[[Array]
         relevance by the parameters are exact.
 
     Raises:
-        ValueError: fn is no function; the composite's first-layer rule puts relevance where the input is zero (flat, w², z-box).
+        ValueError: fn is no function, or the composite's first-layer rule puts relevance where the input is zero (flat,
+            w², z-box).
         NoRuleError: when called, if fn contains an operation that relevance cannot pass.
     """
     check_callable("fn", fn)

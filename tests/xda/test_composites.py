@@ -1,5 +1,8 @@
 """Composites are plain data."""
 
+import dataclasses
+import functools
+
 import pytest
 
 from dualxda_jax.xda import composites, rules
@@ -53,6 +56,50 @@ def test_bounds_are_checked():
 def test_alpha_beta_must_differ_by_one():
     with pytest.raises(ValueError, match="alpha"):
         rules.AlphaBeta(2.0, 2.0)
+
+
+FIELDS = [
+    ("activation", "foo"),
+    ("seed", ["relevance"]),
+    ("on_unknown", None),
+    ("dense", "epsilon"),
+    ("convolution", rules.Epsilon),
+    ("first", 1.0),
+    ("overrides", (("c/*", "gamma"),)),
+    ("overrides", [("c/*", rules.Gamma())]),
+    ("overrides", {"c/*": rules.Gamma()}),
+    ("overrides", ("c/*", rules.Gamma())),
+    ("overrides", (("c/*", rules.Flat()),)),
+    ("zero_bias", "no"),
+    ("stabilizer", "a"),
+    ("stabilizer", -1e-6),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), FIELDS, ids=[f"{field} {value}" for field, value in FIELDS])
+def test_fields_that_say_nothing_are_refused(field, value):
+    with pytest.raises(ValueError, match=rf"^{field}.*: got .*, must be "):
+        dataclasses.replace(composites.epsilon(), **{field: value})
+
+
+BAD_RULES = [
+    (rules.Gamma, "gamma", -1.0),
+    (rules.Gamma, "zero_bias", 0.25),
+    (rules.Epsilon, "epsilon", "a"),
+    (rules.Epsilon, "epsilon", True),
+    (rules.ZPlus, "stabilizer", float("inf")),
+    (rules.AlphaBeta, "beta", None),
+    (functools.partial(rules.ZBox, high=1.0), "low", [0.0]),
+    (functools.partial(rules.ZBox, low=0.0), "high", (1.0, float("nan"))),
+]
+
+
+@pytest.mark.parametrize(("rule", "field", "value"), BAD_RULES)
+def test_constants_of_rules_are_checked(rule, field, value):
+    with pytest.raises(ValueError, match=f"^{field}: got "):
+        rule(**{field: value})
+    with pytest.raises(ValueError, match="epsilon: got 'a'"):
+        composites.epsilon(epsilon="a")
 
 
 def test_a_rule_of_the_first_layer_fits_nowhere_else():
