@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dualxda_jax import _check
 from dualxda_jax.types import Array, FeatureFn, PairRelevance, Params, SupportModel
@@ -94,7 +95,7 @@ def explain_pairs(
         x_train: [p, ...] training inputs.
         coefficients: [p] dual coefficients.
         composite: which rule goes to which layer.
-        chunk_size: pairs propagated at a time.
+        chunk_size: pairs propagated at a time; over a mesh, rounded up to a multiple of its devices.
 
     Returns:
         PairRelevance with a leading axis p.
@@ -220,6 +221,17 @@ def _logit(
     return propagate(weights[target].astype(features.dtype)[None] * features)[0]
 
 
+def _pairs_at_once(
+    feature_fn: FeatureFn, composite: Composite, params: Params, test: Array, train: Array, coefficients: Array
+) -> PairRelevance:
+    p = test.shape[0]
+    # Both sides in one batch: one forward and one backward pass serve the two maps.
+    features, propagate = _propagator(feature_fn, params, jnp.concatenate([test, train]), composite)
+    seed = coefficients.astype(features.dtype)[:, None] * features[:p] * features[p:]
+    maps = propagate(jnp.concatenate([seed, seed]))
+    return PairRelevance(maps[:p], maps[p:], seed.sum(axis=1))
+
+
 @functools.partial(jax.jit, static_argnames=("feature_fn", "composite", "chunk_size"))
 def _pairs(
     feature_fn: FeatureFn,
@@ -230,25 +242,30 @@ def _pairs(
     composite: Composite,
     chunk_size: int,
 ) -> PairRelevance:
-    def chunk(pairs: tuple[Array, Array, Array]) -> PairRelevance:
-        test, train, coefficient = pairs
-        p = test.shape[0]
-        # Both sides in one batch: one forward and one backward pass serve the two maps.
-        features, propagate = _propagator(feature_fn, params, jnp.concatenate([test, train]), composite)
-        seed = coefficient.astype(features.dtype)[:, None] * features[:p] * features[p:]
-        maps = propagate(jnp.concatenate([seed, seed]))
-        return PairRelevance(maps[:p], maps[p:], seed.sum(axis=1))
-
-    pairs = (x_test, x_train, coefficients)
     p = x_test.shape[0]
     if p <= chunk_size:
-        return chunk(pairs)
-    count = -(-p // chunk_size)
+        return _pairs_at_once(feature_fn, composite, params, x_test, x_train, coefficients)
+    sharding = jax.typeof(x_test).sharding
+    # As many pairs as there are devices at least: else some would idle.
+    size = min(p, -(-chunk_size // max(1, sharding.mesh.size)) * max(1, sharding.mesh.size))
+    count = -(-p // size)
 
     def split(leaf: Array) -> Array:
-        # The last pair fills up the last chunk, so that every chunk has the same shape.
-        filler = jnp.repeat(leaf[-1:], count * chunk_size - p, axis=0)
-        return jnp.concatenate([leaf, filler]).reshape(count, chunk_size, *leaf.shape[1:])
+        # The last pair fills up the last chunk, so that every chunk has the same shape. Pair i is in chunk i mod count:
+        # pairs that are sharded over devices stay there.
+        filler = jnp.repeat(leaf[-1:], count * size - p, axis=0)
+        return jnp.moveaxis(jnp.concatenate([leaf, filler]).reshape(size, count, *leaf.shape[1:]), 1, 0)
 
-    maps = jax.lax.map(chunk, jax.tree.map(split, pairs))
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:p], maps)
+    def run(params: Params, *pairs: Array) -> PairRelevance:
+        maps = jax.lax.map(
+            lambda pair: _pairs_at_once(feature_fn, composite, params, *pair), jax.tree.map(split, pairs)
+        )
+        return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1).reshape(-1, *leaf.shape[2:])[:p], maps)
+
+    if len(sharding.spec) and sharding.spec[0] is not None:
+        # Over Explicit axes every line of `run` would have to say where its result lies.
+        kinds = zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True)
+        axes = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
+        rows = NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0]))
+        run = jax.sharding.auto_axes(run, axes=axes, out_sharding=rows)
+    return run(params, x_test, x_train, coefficients)

@@ -200,6 +200,23 @@ def test_sharded_batches_give_the_same_on_every_device(kind, sharded):
         same(jax.jit(mapped)(params, x, seed), expected)
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("chunk_size", [3, 16, 32])
+def test_chunks_of_sharded_pairs_give_the_same(chunk_size, kind, sharded):
+    params, x, _, _, composite = sharded
+    x = jnp.concatenate([x, 2 * x, -x])
+    pairs = x, x[::-1], jnp.arange(24.0)
+    expected = xda.explain_pairs(net, params, *pairs, composite=composite)
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(kind,))
+    params = jax.device_put(params, NamedSharding(mesh, P()))
+    pairs = jax.device_put(pairs, NamedSharding(mesh, P("d")))
+    explain = functools.partial(xda.explain_pairs, net, params, composite=composite, chunk_size=chunk_size)
+    for found in (explain(*pairs), jax.jit(explain)(*pairs)):
+        jax.tree.map(same, found, expected)
+        if kind == AxisType.Explicit:
+            assert {leaf.sharding.spec[0] for leaf in jax.tree.leaves(found)} == {"d"}
+
+
 def test_a_function_with_a_mapped_part_is_the_function(sharded):
     params, x, seed, _, _ = sharded
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
