@@ -96,17 +96,22 @@ def pixel_flipping(
         The curves and by how much the relevant pixels are ahead. Equal relevance: the earlier pixel goes first.
 
     Raises:
-        ValueError: shapes that do not fit, fractions outside 0..1 or none, orders below 1, scores that are not [b].
+        ValueError: shapes that do not fit, no image, an untyped key, NaN in the relevance where its values are known,
+            fractions outside 0..1 or none, orders below 1, scores that are not [b].
 
     Source: Samek et al. 2017 (pixel flipping), here for the score of a pair.
     """
     _check.shape("x", x, ("b", "h", "w", "c"))
-    _check.shape("relevance", relevance, np.shape(x))
+    if 0 in np.shape(x):
+        _check.fail("x", f"shape {np.shape(x)}", "[b, h, w, c] with at least one image and one pixel")
+    _check_relevance(relevance, np.shape(x))
+    _check_baseline(baseline, np.shape(x))
+    _check.key("key", key)
     shares = np.asarray(fractions, np.float64)
     if shares.ndim != 1 or shares.size == 0 or not ((shares >= 0) & (shares <= 1)).all():
         _check.fail("fractions", fractions, "numbers in 0..1, at least one")
-    if orders < 1:
-        _check.fail("orders", orders, "at least 1")
+    if isinstance(orders, bool) or not isinstance(orders, int | np.integer) or orders < 1:
+        _check.fail("orders", orders, "a whole number of at least 1")
     x, relevance = jnp.asarray(x), jnp.asarray(relevance)
     out = jax.eval_shape(score_fn, x)
     if getattr(out, "shape", None) != x.shape[:1]:
@@ -127,3 +132,20 @@ def pixel_flipping(
     advantage = (random - scores).mean(1) / jnp.abs(original)
     advantage = jnp.where(original == 0, jnp.asarray(jnp.nan, advantage.dtype), advantage)
     return FlippingCurve(jnp.asarray(shares, original.dtype), scores, random, original, advantage)
+
+
+def _check_relevance(relevance: Any, shape: tuple[int, ...]) -> None:
+    _check.shape("relevance", relevance, shape)
+    _check.numbers("relevance", relevance)
+    if not _check.is_traced(relevance):
+        # What is NaN is neither more nor less relevant than anything: there is no order to go by.
+        bad = np.flatnonzero(np.isnan(np.asarray(relevance)).any((1, 2, 3)))
+        if bad.size:
+            _check.fail("relevance", f"NaN in {bad.size} maps, first in row {bad[0]}", "numbers")
+
+
+def _check_baseline(baseline: Any, shape: tuple[int, ...]) -> None:
+    _check.numbers("baseline", baseline)
+    got = np.shape(baseline)
+    if len(got) > len(shape) or any(g not in (1, n) for g, n in zip(got[::-1], shape[::-1], strict=False)):
+        _check.fail("baseline", f"shape {got}", f"a number, or an array that broadcasts to {shape}")

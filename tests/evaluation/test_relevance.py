@@ -84,6 +84,21 @@ def test_bad_input_is_named():
         evaluation.pixel_flipping(score, x, x, key, orders=0)
     with pytest.raises(ValueError, match="score_fn"):
         evaluation.pixel_flipping(lambda x: x, x, x, key)
+    with pytest.raises(ValueError, match=r"relevance: got NaN in 1 maps, first in row 1"):
+        evaluation.pixel_flipping(score, x, x.at[1, 2, 0].set(jnp.nan), key)
+    with pytest.raises(ValueError, match="relevance: got dtype complex64"):
+        evaluation.pixel_flipping(score, x, x.astype(jnp.complex64), key)
+    with pytest.raises(ValueError, match=r"x: got shape \(0, 3, 3, 1\)"):
+        evaluation.pixel_flipping(score, x[:0], x[:0], key)
+    for untyped in (jax.random.PRNGKey(0), 0):
+        with pytest.raises(ValueError, match="key: got .* typed key"):
+            evaluation.pixel_flipping(score, x, x, untyped)
+    for orders in (1.5, True):
+        with pytest.raises(ValueError, match="orders: got"):
+            evaluation.pixel_flipping(score, x, x, key, orders=orders)
+    for baseline in (jnp.ones((3, 2)), jnp.ones((1, 2, 3, 3, 1)), "mean"):
+        with pytest.raises(ValueError, match="baseline: got"):
+            evaluation.pixel_flipping(score, x, x, key, baseline=baseline)
 
 
 @pytest.fixture(scope="module")
