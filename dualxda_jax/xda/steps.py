@@ -84,7 +84,25 @@ def to_relevance(value: Array) -> Array:
 
 def from_relevance(value: Array) -> Array:
     """Turn the relevance that arrives at a value into c; relevance where the value is zero has no such form."""
-    return modified(lambda v: v, lambda inputs, output, relevance: (ratio(relevance, output),))(value)
+    return modified(lambda v: v, lambda inputs, output, relevance: (_quotient(relevance, output),))(value)
+
+
+def widen(value: Array) -> Array:
+    """Float16 as float32: a quotient by a stabiliser of 1e-6 soon is infinite in the one; anything else as it is."""
+    return value.astype(jnp.float32) if value.dtype == jnp.float16 else value
+
+
+def fit(value: Array, dtype: jnp.dtype) -> Array:
+    """The value in the given dtype; in float16 finite, since infinity at an input of zero would be NaN."""
+    if dtype == jnp.float16:
+        # An eighth leaves room for what other readers of the same value add.
+        most = jnp.asarray(float(jnp.finfo(dtype).max) / 8, value.dtype)
+        value = jnp.clip(value, -most, most)
+    return value.astype(dtype)
+
+
+def _quotient(relevance: Array, value: Array) -> Array:
+    return fit(ratio(widen(relevance), widen(value)), relevance.dtype)
 
 
 def ratio(numerator: Array, denominator: Array) -> Array:
@@ -92,6 +110,11 @@ def ratio(numerator: Array, denominator: Array) -> Array:
     tiny = jnp.asarray(float(jnp.finfo(denominator.dtype).tiny) ** 0.5, denominator.dtype)
     void = jnp.abs(denominator) < tiny
     return jnp.where(void, jnp.zeros((), numerator.dtype), numerator / jnp.where(void, tiny, denominator))
+
+
+def _times_ratio(c: Array, output: Array, value: Array) -> Array:
+    """What c of an output is as c of the value that it is a function of."""
+    return fit(widen(c) * ratio(widen(output), widen(value)).astype(widen(c).dtype), c.dtype)
 
 
 def native(equation: Equation, *, routes: bool = False, rule: str = "gradient") -> Step:
@@ -120,9 +143,7 @@ def elementwise(equation: Equation, live: int, *, homogeneous: bool, passes: boo
         return [cotangent if i == live else None for i in range(len(values))]
 
     pass_relevance = modified(primal, lambda inputs, output, relevance: only(inputs, relevance))
-    scale_by_ratio = modified(
-        primal, lambda inputs, output, c: only(inputs, c * ratio(output, inputs[live]).astype(c.dtype))
-    )
+    scale_by_ratio = modified(primal, lambda inputs, output, c: only(inputs, _times_ratio(c, output, inputs[live])))
     give_relevance = modified(primal, lambda inputs, output, c: only(inputs, c * output))
     starts = passes and not homogeneous
 
@@ -151,7 +172,7 @@ def function(cluster: Cluster) -> Step:
     pass_relevance = modified(primal, lambda inputs, output, relevance: (relevance, *(None for _ in inputs[1:])))
     scale = modified(
         primal,
-        lambda inputs, output, c: (c * ratio(output, inputs[0]).astype(c.dtype), *(None for _ in inputs[1:])),
+        lambda inputs, output, c: (_times_ratio(c, output, inputs[0]), *(None for _ in inputs[1:])),
     )
     give_relevance = modified(primal, lambda inputs, output, c: (c * output, *(None for _ in inputs[1:])))
 
@@ -185,8 +206,8 @@ def sums(equation: Equation, stabilizer: float) -> Step:
 
     def run(values: Sequence[Any], relevance_out: bool, relevance_in: bool) -> tuple[Any, ...]:
         def backward(inputs: tuple[Array, ...], output: Array, cotangent: Array) -> Sequence[Array | None]:
-            relevance = cotangent if relevance_out else cotangent * output
-            share = relevance / rules.stabilize(output, stabilizer)
+            relevance = widen(cotangent) if relevance_out else widen(cotangent) * widen(output)
+            share = fit(relevance / rules.stabilize(widen(output), stabilizer), output.dtype)
             terms = [i for i, v in enumerate(inputs) if jnp.issubdtype(v.dtype, jnp.inexact)]
 
             def total(*found: Array) -> Array:
@@ -236,7 +257,7 @@ def linear(block: Block, rule: rules.Rule, *, nonnegative: bool) -> Step:
             result = rules.propagate(rule, operation, relevance)
             if relevance_in and not isinstance(rule, rules.FIRST_LAYER_ONLY):
                 result = result * operation.a
-            return (result.astype(a.dtype), None, *(None for _ in operands))
+            return (fit(result, a.dtype), None, *(None for _ in operands))
 
         fn: Any = jax.custom_vjp(lambda *values: forward(*values)[0])
         fn.defvjp(forward, backward)

@@ -91,7 +91,7 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"x: got shape \(0, 3, 3, 1\)"):
         evaluation.pixel_flipping(score, x[:0], x[:0], key)
     for untyped in (jax.random.PRNGKey(0), 0):
-        with pytest.raises(ValueError, match="key: got .* typed key"):
+        with pytest.raises(ValueError, match=r"key: got .* typed key"):
             evaluation.pixel_flipping(score, x, x, untyped)
     for orders in (1.5, True):
         with pytest.raises(ValueError, match="orders: got"):

@@ -176,6 +176,25 @@ def test_bfloat16_stays_close_to_float32(params, images):
     assert correlation > 0.99
 
 
+@pytest.mark.parametrize("name", ["epsilon", "epsilon_plus", "excitation_backprop"])
+def test_float16_is_finite_and_stays_close_to_float32(name, params, images):
+    """At an input of zero behind a bias shares are quotients by the stabiliser."""
+
+    def deep(params, x):
+        h = network(params, x)
+        h = h + jax.nn.gelu(h @ params["deep"] + params["dense"][1][None])
+        return h.mean(1, keepdims=True) + h
+
+    params = params | {"deep": params["dense"][0][:8]}
+    x = images.at[0].set(0.0)
+    composite = getattr(composites, name)()
+    exact = xda.relevance(deep, params, x, jnp.ones((5, 8)), composite=composite)
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), (params, x, jnp.ones((5, 8))))
+    found = xda.relevance(deep, *narrow, composite=composite)
+    assert found.dtype == jnp.float16 and np.isfinite(found).all() and not np.any(found[0])
+    assert np.corrcoef(np.asarray(found[1:], np.float32).ravel(), np.asarray(exact[1:]).ravel())[0, 1] > 0.99
+
+
 @pytest.mark.parametrize(("low", "high", "named"), [((0.0, 0.0), 1.0, "low"), (-1.0, (1.0,) * 4, "high")])
 def test_bounds_for_other_channels_are_named(low, high, named, params, images):
     composite = composites.epsilon_gamma_box(low, high)
