@@ -44,8 +44,9 @@ class Composite:
         zero_bias: biases and shifts outside of linear layers absorb nothing.
         stabilizer: for the divisions outside of linear layers.
         overrides: (pattern, rule) pairs; a layer whose weights' path in the tree of parameters matches the pattern
-            ("encoder/*/kernel", shell wildcards) gets that rule; the first match counts. Paths are known where the
-            parameters are an argument: `xda.relevance` and its kin, and `xda.lrp` of a functools.partial.
+            ("encoder/*/kernel", shell wildcards) gets that rule; the first match counts, and a pattern without any is
+            warned of. Paths are known where the parameters are an argument: `xda.relevance` and its kin, and `xda.lrp`
+            of a functools.partial.
         on_unknown: "raise" for an operation without a rule, or "gradient" to let its plain gradient act, with a
             warning.
         seed: what a seed at the output means and what comes out at the input: "relevance" or "gradient".

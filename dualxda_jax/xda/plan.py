@@ -62,12 +62,23 @@ def make(graph: Graph, composite: Composite, *, seeded: bool) -> Plan:
         ValueError: bounds of the z-box rule for another number of channels.
     """
     found = {block.equation: block for part in _parts(graph) for block in blocks(part)}
+    _warn_of_idle_overrides(graph, composite, found)
     merged = {link.equation for block in found.values() for link in block.after}
     first = _first(graph, found) if composite.first is not None else set()
     context = _Context(composite, found, merged, first, facts.nonnegative(graph))
     made = _steps(graph, context)
     relevance = _relevance_values(graph, made, first, composite, seeded)
     return Plan(graph, tuple(made), relevance)
+
+
+def _warn_of_idle_overrides(graph: Graph, composite: Composite, found: dict[Equation, Block]) -> None:
+    """Say which overrides reach no layer: a misspelt path would change nothing, without a word."""
+    paths = list(dict.fromkeys(filter(None, (facts.weights_path(graph, block.weights) for block in found.values()))))
+    idle = [p for p, _ in composite.overrides if not any(fnmatch.fnmatchcase(path, p) for path in paths)]
+    if idle:
+        known = ", ".join(map(repr, paths[:5])) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
+        which = f"the layers here are {known}" if paths else "no layer's path is known here (see xda.Composite)"
+        warnings.warn(f"overrides: {', '.join(map(repr, idle))} matches no layer; {which}", stacklevel=2)
 
 
 def _parts(graph: Graph) -> Iterator[Graph]:

@@ -393,6 +393,17 @@ def test_an_unknown_operation_can_keep_its_gradient():
     assert np.isfinite(found).all() and np.any(found)
 
 
+def test_overrides_that_reach_no_layer_are_warned_of(normalised):
+    variables, x = normalised
+    composite = dataclasses.replace(composites.epsilon_plus(), overrides=(("conv_*", None), ("Conv_0/*", None)))
+    with pytest.warns(
+        UserWarning, match=r"overrides: 'conv_\*' matches no layer; the layers here are 'Conv_0/kernel', "
+    ):
+        xda.explain_rules(Normalised().apply, variables, x, composite=composite)
+    with pytest.warns(UserWarning, match="no layer's path is known here"):
+        jax.eval_shape(xda.lrp(lambda x: x @ jnp.ones((3, 2)), composite=composite), jnp.ones((2, 3)))
+
+
 def test_overrides_by_path_reach_their_layer_only(normalised):
     variables, x = normalised
     rule = rules.Gamma(0.1)
