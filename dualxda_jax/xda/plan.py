@@ -11,7 +11,7 @@ from dualxda_jax import _check
 from dualxda_jax.xda import facts, rules, steps, walk
 from dualxda_jax.xda.clusters import clusters
 from dualxda_jax.xda.composites import Composite
-from dualxda_jax.xda.folding import Block, blocks
+from dualxda_jax.xda.folding import LINEAR, Block, blocks
 from dualxda_jax.xda.graph import Atom, Equation, Graph, NoRuleError, Value
 from dualxda_jax.xda.reach import is_softmax
 from dualxda_jax.xda.steps import Step
@@ -213,6 +213,11 @@ def _step(graph: Graph, composite: Composite, equation: Equation) -> Step:
         if step is not None:
             return step
     reason = "relevance propagation does not know this operation on values that depend on the data"
+    if name in LINEAR:
+        reason = (
+            "its weights depend on the data (stop_gradient, a choice among weights, or a cond or switch under vmap, "
+            "which is one); apply each of the weights and choose among the results"
+        )
     if composite.on_unknown == "raise":
         raise equation.refuse(f"{reason}; a composite with on_unknown='gradient' would let its plain gradient act")
     warnings.warn(f"{equation.refuse(reason)}: its plain gradient acts instead", stacklevel=2)

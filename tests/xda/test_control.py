@@ -167,6 +167,31 @@ def test_what_is_refused_is_refused_inside_of_loops(kind, params, x):
         xda.relevance(loop, params, x, x, composite=composites.epsilon())
 
 
+@pytest.mark.parametrize("kind", ["cond", "gather"])
+def test_weights_that_the_data_choose_are_named(kind, params, x):
+    both = params["w"][:2]
+
+    def one(both, x):
+        which = (x.sum() > 0).astype(jnp.int32)
+        if kind == "gather":
+            return x @ both[which]
+        return jax.lax.cond(which, lambda x: x @ both[0], lambda x: x @ both[1], x)
+
+    def branching(both, x):
+        return jax.vmap(one, (None, 0))(both, x)
+
+    with pytest.raises(
+        xda.NoRuleError, match=r"`dot_general`.*its weights depend on the data.*cond or switch under vmap"
+    ):
+        xda.relevance(branching, both, x, x, composite=composites.epsilon())
+
+    def chosen(both, x):
+        return jnp.where(x.sum(1, keepdims=True) > 0, x @ both[0], x @ both[1])
+
+    found = xda.relevance(chosen, both, x, jnp.ones_like(x), composite=composites.epsilon())
+    np.testing.assert_allclose(found.sum(1), x.shape[1], rtol=1e-3)
+
+
 def net(params, x):
     y = jax.lax.conv_general_dilated(x, params["k"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
     y = jax.nn.relu(y + params["c"][None, None, None])
