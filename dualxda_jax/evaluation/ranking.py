@@ -237,18 +237,20 @@ def _lds(scores: Array, subsets: Array, outputs: Array) -> Array:
 
 
 def _spearman(a: Array, b: Array) -> Array:
-    ranks = [_ranks(a), _ranks(b)]
-    x, y = (r - jnp.mean(r) for r in ranks)
+    x, y = _ranks(a), _ranks(b)
     value = jnp.sum(x * y) / jnp.sqrt(jnp.sum(x * x) * jnp.sum(y * y))
     return jnp.where(jnp.any(jnp.isnan(a)) | jnp.any(jnp.isnan(b)), jnp.nan, value)
 
 
 def _ranks(values: Array) -> Array:
-    """[m] ranks from the lowest, equal values at their average: a doubled rank is an integer."""
+    """[m] doubled ranks about their mean, equal values at their average.
+
+    Integers throughout: equal values are at 0 exactly, where the mean of floats would leave its rounding error.
+    """
     count = functools.partial(jnp.sum, axis=1, dtype=jnp.int32)
     below = count(values[None, :] < values[:, None])
     same = count(values[None, :] == values[:, None])
-    return (2 * below + same).astype(jnp.float32)
+    return (2 * below + same - values.shape[0]).astype(jnp.float32)
 
 
 def _bools(argument: str, array: Any, expected: tuple[int | str, ...]) -> None:

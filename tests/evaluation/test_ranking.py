@@ -122,6 +122,15 @@ def test_lds_of_constant_scores_is_nan(rng):
     assert np.isnan(got[0]) and got[1] == pytest.approx(-1.0)
 
 
+@pytest.mark.parametrize("m", [2, 7, 13, 14, 15, 26, 100])
+def test_lds_of_what_is_constant_is_nan_for_any_number_of_subsets(rng, m):
+    subsets, one = rng.random((m, 5)) < 0.5, np.ones((m, 1))
+    subsets[:, 0] = True
+    scores, outputs = rng.normal(size=(1, 5)), rng.normal(size=(m, 1))
+    for s, o in ((0 * scores, one), (0 * scores, outputs), (scores, one)):
+        assert np.isnan(lds(s, subsets, o)).all()
+
+
 def test_nan_inside_a_trace_stays_nan():
     bad = jnp.array([[1.0, jnp.nan, 0.0]])
     marked = jnp.array([True, False, True])
