@@ -65,8 +65,9 @@ def subclass_detection(scores: Any, train_labels: Any, targets: Any, *, k: int =
 
 
 def check_scores(scores: Any) -> None:
-    """Check that scores are [q, n] with at least one of each, and free of NaN where their values are known."""
+    """Check that scores are real [q, n] with at least one of each, and free of NaN where their values are known."""
     _check.shape("scores", scores, ("q", "n"))
+    _check.numbers("scores", scores, or_bool=True)
     if 0 in np.shape(scores):
         _check.fail("scores", f"shape {np.shape(scores)}", "[q, n] with at least one query and one training sample")
     if not _check.is_traced(scores):

@@ -93,6 +93,7 @@ def place_values(self_influence: Any, corrupted: Any) -> np.ndarray:
 
 def _check_influence(self_influence: Any, corrupted: Any) -> None:
     _check.shape("self_influence", self_influence, ("n",))
+    _check.numbers("self_influence", self_influence, or_bool=True)
     n = np.shape(self_influence)[0]
     if n == 0:
         _check.fail("self_influence", "no samples", "[n] with n > 0")
@@ -157,7 +158,8 @@ def lds(scores: Any, subsets: Any, outputs: Any) -> Array:
         Sums are those of float32 at least, whatever the scores' type.
 
     Raises:
-        ValueError: shapes that do not fit, `subsets` not bool, a subset without members, fewer than 2 subsets, NaN.
+        ValueError: shapes that do not fit, `subsets` not bool, a subset without members, fewer than 2 subsets, NaN,
+            scores or outputs that are no real numbers.
 
     Source: Park et al., TRAK, ICML 2023; arXiv 2402.12118.
     """
@@ -168,6 +170,7 @@ def lds(scores: Any, subsets: Any, outputs: Any) -> Array:
     if m < 2:
         _check.fail("subsets", f"{m} rows", "at least 2, one a subset")
     _check.shape("outputs", outputs, (m, q))
+    _check.numbers("outputs", outputs, or_bool=True)
     if not _check.is_traced(subsets):
         empty = np.flatnonzero(~np.asarray(subsets).any(axis=1))
         if empty.size:

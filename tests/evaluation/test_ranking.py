@@ -160,6 +160,9 @@ def test_nan_inside_a_trace_stays_nan():
         (lambda: lds(np.zeros((1, 2)), np.array([[True, True], [False, False]]), np.zeros((2, 1))), "subsets"),
         (lambda: lds(np.zeros((1, 2)), np.ones((3, 2), bool), np.zeros((1, 3))), "outputs"),
         (lambda: lds(np.zeros((1, 2)), np.ones((2, 2), bool), np.full((2, 1), np.nan)), "outputs"),
+        (lambda: lds(np.zeros((1, 2)), np.ones((2, 2), bool), np.zeros((2, 1), complex)), "outputs"),
+        (lambda: lds(np.zeros((1, 2), complex), np.ones((2, 2), bool), np.zeros((2, 1))), "scores"),
+        (lambda: mislabeling_detection(np.zeros(2, complex), np.zeros(2, bool)), "self_influence"),
     ],
 )
 def test_bad_input_is_named(call, name):
