@@ -204,7 +204,7 @@ def _against(one: Any, query: Any, kept: Any, context: Context, chunk: int) -> A
 
 
 def _inverse_root(squares: Array) -> Array:
-    return jnp.where(squares > 0, jax.lax.rsqrt(jnp.where(squares > 0, squares, 1)), 0)
+    return jnp.where(squares == 0, 0, jax.lax.rsqrt(jnp.where(squares == 0, 1, squares)))
 
 
 def _rate(config: Config, context: Context, number: int) -> Array:

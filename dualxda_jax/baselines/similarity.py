@@ -125,7 +125,8 @@ def _signed(measure: str, query: Array, points: Array, targets: Array, labels: A
         return sign * inner
     if measure == "cos":
         norms = jnp.sqrt(squares[0])[:, None] * jnp.sqrt(squares[1])[None, :]
-        return sign * jnp.where(norms > 0, inner / jnp.where(norms > 0, norms, 1), 0)
+        # By what is 0, not by what is above it: NaN is neither, and is to stay.
+        return sign * jnp.where(norms == 0, 0, inner / jnp.where(norms == 0, 1, norms))
     distance = jnp.sqrt(jnp.maximum(squares[0][:, None] + squares[1][None, :] - 2 * inner, 0))
     return sign / (1 + distance)
 
@@ -134,4 +135,5 @@ def _self_influence(config: Config, fitted: Fitted) -> Array:
     squares = jnp.square(fitted.points).sum(axis=1)
     if config.measure == "dot":
         return squares
-    return jnp.where(squares > 0, 1, 0).astype(squares.dtype) if config.measure == "cos" else jnp.ones_like(squares)
+    # 1, but 0 for zero vectors; NaN stays.
+    return jnp.sign(squares) if config.measure == "cos" else jnp.ones_like(squares)

@@ -180,7 +180,8 @@ def _changed(normalize: bool, raw: Array, centre: Array, length: Array) -> Array
     if not normalize:
         return points
     norms = jnp.linalg.norm(points, axis=1, keepdims=True)
-    return jnp.where(norms > 0, points * (length / jnp.where(norms > 0, norms, 1)), 0)
+    # By what is 0, not by what is above it: NaN is neither, and is to stay.
+    return jnp.where(norms == 0, 0, points * (length / jnp.where(norms == 0, 1, norms)))
 
 
 def _scores(config: Config, fitted: Fitted, x: Array, targets: Array) -> Array:

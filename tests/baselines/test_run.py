@@ -1,6 +1,7 @@
 """Fits that resume, scores to a file, the best samples, samples over a mesh, and bad input."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -270,6 +271,36 @@ def test_a_query_that_is_not_finite_is_named(fitted, tiny):
         baselines.scores_to(method, fit, queries, targets, "x.bin")
     with pytest.raises(ValueError, match="k: got 97"):
         baselines.top_k(method, fitted[1], queries, targets, k=97)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        baselines.similarity(measure="cos"),
+        baselines.similarity("inputs", "cos"),
+        baselines.dualda_variant(normalize=True),
+        baselines.gradcos(),
+    ],
+    ids=lambda method: method.name,
+)
+def test_lengths_are_no_guard_against_nan(method, tiny):
+    context, queries, targets = tiny
+    fit = method.fit(jax.random.key(0), context)
+    broken = queries.at[1].set(jnp.nan)
+    scores = np.asarray(jax.jit(method.scores)(fit, broken, targets))
+    assert np.isnan(scores[1]).any() and np.isfinite(np.delete(scores, 1, axis=0)).all()
+    for run in (baselines.scores_to, functools.partial(baselines.top_k, k=2)):
+        with pytest.raises(ValueError, match="scores: got NaN or Inf (for query 1|at 1 of 6 samples)"):
+            run(method, fit, broken, targets)
+
+
+def test_the_cosine_of_a_zero_vector_is_zero(tiny):
+    context, queries, targets = tiny
+    method = baselines.similarity("inputs", "cos")
+    fit = method.fit(jax.random.key(0), dataclasses.replace(context, inputs=context.inputs.at[3].set(0)))
+    scores = np.asarray(method.scores(fit, queries.at[1].set(0), targets))
+    assert (scores[1] == 0).all() and (scores[:, 3] == 0).all() and (np.delete(scores, 1, axis=0)[:, :3] != 0).all()
+    np.testing.assert_array_equal(method.self_influence(fit), np.arange(96) != 3)
 
 
 @pytest.mark.parametrize("name", ["graddot", "gradcos"])
