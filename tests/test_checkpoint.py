@@ -74,6 +74,54 @@ def test_damaged_checkpoints_do_not_load(damage, tmp_path):
     assert "\n" not in str(raised.value) and str(path) in str(raised.value)
 
 
+def flipped(path):
+    """Write the manifest once for each of its bytes, with one bit of it changed."""
+    manifest = path / "manifest.json"
+    content = manifest.read_bytes()
+    for place in range(len(content)):
+        other = bytearray(content)
+        other[place] ^= 1 << place % 8
+        manifest.write_bytes(bytes(other))
+        yield
+
+
+def test_a_changed_bit_of_the_manifest_is_found(tmp_path):
+    path = tmp_path / "x"
+    checkpoint.save(path, {"x": np.zeros((0, 3), np.float32), "y": [1, None]}, fingerprint="abc")
+    for _ in flipped(path):
+        with pytest.raises(checkpoint.CheckpointError) as raised:
+            checkpoint.load(path)
+        assert "\n" not in str(raised.value) and str(path) in str(raised.value)
+
+
+def as_before(path):
+    """The manifest as it was without a checksum of its own."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["checksum"]
+    (path / "manifest.json").write_text(json.dumps(manifest | {"format": "dualxda-checkpoint-1"}))
+
+
+def test_checkpoints_without_a_checksum_of_the_manifest_load(tmp_path):
+    checkpoint.save(tmp_path / "x", make_tree(), fingerprint="abc")
+    as_before(tmp_path / "x")
+    assert_same(make_tree(), checkpoint.load(tmp_path / "x", fingerprint="abc"))
+
+
+def test_whatever_a_manifest_says_is_one_kind_of_error(tmp_path):
+    path = tmp_path / "x"
+    info = types.SolveInfo(1.5, 1.0, 0.3, 7, True)
+    checkpoint.save(path, {"x": np.zeros((0, 3), np.float32), "y": (1, None), "z": info}, fingerprint="abc")
+    as_before(path)
+    refused = 0
+    for _ in flipped(path):
+        try:
+            checkpoint.load(path, fingerprint="abc")
+        except checkpoint.CheckpointError as error:
+            assert "\n" not in str(error) and str(path) in str(error)
+            refused += 1
+    assert refused > 100
+
+
 def test_existing_paths_and_foreign_folders(tmp_path):
     path = tmp_path / "x"
     with pytest.raises(checkpoint.CheckpointError, match="no checkpoint there"):

@@ -1,6 +1,7 @@
 """The folder on disk: written so that it is whole or not there, checked when it is read."""
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -16,7 +17,9 @@ import numpy as np
 from dualxda_jax.checkpoint.content import CheckpointError, digest
 from dualxda_jax.checkpoint.structure import array_nodes, decode, difference, encode
 
-_FORMAT = "dualxda-checkpoint-1"
+_FORMAT = "dualxda-checkpoint-2"
+_WITHOUT_CHECKSUM = "dualxda-checkpoint-1"
+_ENTRIES = {"format", "fingerprint", "arrays", "structure", "checksums"}
 _MANIFEST = "manifest.json"
 _ARRAYS = "arrays-"
 
@@ -57,7 +60,7 @@ def save(path: str | os.PathLike, tree: Any, *, fingerprint: str | None = None, 
     }
     partial = folder / f"{place}.json"
     with partial.open("w") as file:
-        json.dump(manifest, file)
+        json.dump(manifest | {"checksum": _checksum(manifest)}, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, folder / _MANIFEST)
@@ -85,6 +88,16 @@ def load(path: str | os.PathLike, like: Any = None, *, fingerprint: str | None =
     """
     folder = Path(path)
     manifest = _manifest(folder)
+    try:
+        return _loaded(folder, manifest, like, fingerprint)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a manifest without a checksum may say anything
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+        raise CheckpointError(f"{folder}: cannot be read as its {_MANIFEST} says ({reason})") from error
+
+
+def _loaded(folder: Path, manifest: dict[str, Any], like: Any, fingerprint: str | None) -> Any:
     if fingerprint is not None and manifest["fingerprint"] != fingerprint:
         raise StaleCheckpoint(
             f"{folder}: made by something else (fingerprint {_short(manifest['fingerprint'])}, "
@@ -118,6 +131,10 @@ def _refuse_foreign(folder: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{folder}: not a checkpoint (it holds {sorted(foreign)[0]!r}), will not be overwritten")
 
 
+def _checksum(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
 def _manifest(folder: Path) -> dict[str, Any]:
     if not folder.exists():
         raise CheckpointError(f"{folder}: no checkpoint there")
@@ -128,11 +145,15 @@ def _manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: {'half-written, save it again' if half else 'not a checkpoint'}")
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
-        known = manifest["format"] == _FORMAT
+        known = manifest["format"] in (_FORMAT, _WITHOUT_CHECKSUM)
     except (ValueError, KeyError, TypeError):
         known = False
     if not known:
         raise CheckpointError(f"{folder}: not a checkpoint, its {_MANIFEST} is not one of {_FORMAT}")
+    checksum = manifest.pop("checksum", None)
+    whole = manifest["format"] == _WITHOUT_CHECKSUM or checksum == _checksum(manifest)
+    if not whole or set(manifest) != _ENTRIES:
+        raise CheckpointError(f"{folder}: damaged, its {_MANIFEST} is not what was saved")
     return manifest
 
 
