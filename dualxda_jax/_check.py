@@ -61,6 +61,14 @@ def is_real(value: Any) -> bool:
     return known and bool(np.isfinite(value))
 
 
+def positive_integer(argument: str, value: Any, *, or_none: bool = False) -> None:
+    """Check that a setting is an integer of 1 or more (bool does not count); or None, where told."""
+    if value is None and or_none:
+        return
+    if not is_whole(value) or value < 1:
+        fail(argument, value, "an integer, 1 or more" + (", or None" if or_none else ""))
+
+
 def key(argument: str, value: Any, *, many: int | None = None) -> None:
     """Check that a value is a typed key; or, where `many` is given, that many of them."""
     if not (hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)):

@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from dualxda_jax import attribution, svm
+from dualxda_jax import _check, attribution, svm
 from dualxda_jax.baselines.gradients import check_finite
 from dualxda_jax.baselines.protocol import Context, Method, check_queries
 from dualxda_jax.baselines.similarity import features
@@ -39,10 +39,11 @@ def dualda(cost: float = 1e-3, *, config: svm.SolverConfig | None = None, chunk:
         chunk: samples that the network sees at once.
 
     Raises:
-        ValueError: in `fit`, a context without features, or a cost that `svm.solve` refuses.
+        ValueError: a chunk below 1; in `fit`, a context without features, or a cost that `svm.solve` refuses.
 
     Source: DualXDA, arXiv 2402.12118.
     """
+    _check.positive_integer("chunk", chunk)
     settings = svm.SolverConfig() if config is None else config
     return Method("dualda", functools.partial(_fit, cost, settings, chunk), functools.partial(_scores, chunk), _self)
 

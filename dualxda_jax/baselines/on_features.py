@@ -44,8 +44,10 @@ def on_features(method: Method, *, chunk: int = 256) -> Method:
         A method of the same name, without stages.
 
     Raises:
-        ValueError: in `fit`, a context without features or head, or a head that is no kernel with or without bias.
+        ValueError: a chunk below 1; in `fit`, a context without features or head, or a head that is no kernel with or
+            without bias.
     """
+    _check.positive_integer("chunk", chunk)
 
     def fit(key: Array, context: Context) -> Fitted:
         return Fitted(context, method.fit(key, head_context(context, chunk=chunk)))
@@ -68,8 +70,9 @@ def head_context(whole: Context, *, chunk: int = 256) -> Context:
         chunk: samples that the network sees at once.
 
     Raises:
-        ValueError: no features, no head, or one that is no kernel with or without bias.
+        ValueError: a chunk below 1, no features, no head, or one that is no kernel with or without bias.
     """
+    _check.positive_integer("chunk", chunk)
     if whole.head is None:
         _check.fail("context.head", None, "the path of the final layer")
     chosen, _ = select(whole.params, "head", head=whole.head).split(whole.params)

@@ -64,8 +64,8 @@ def graddot(
             layers are kept as their two factors.
 
     Raises:
-        ValueError: a bad projection; in `fit`, a filter that matches nothing, a projection larger than the number of
-            parameters, NaN or Inf in a gradient (naming the samples).
+        ValueError: a bad projection, chunk or memory; in `fit`, a filter that matches nothing, a projection larger than
+            the number of parameters, NaN or Inf in a gradient (naming the samples).
 
     Source: Charpiat et al. 2019, "Input similarity from the neural network perspective".
     """

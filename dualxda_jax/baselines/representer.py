@@ -71,8 +71,8 @@ def representer(
         chunk: samples that the network sees at once.
 
     Raises:
-        ValueError: λ or the tolerance not positive, an intercept scaling below 0, unknown targets; in `fit`, a context
-            without features.
+        ValueError: λ or the tolerance not positive, an intercept scaling below 0, unknown targets, a chunk below
+            1; in `fit`, a context without features.
 
     Source: Yeh et al. 2018, "Representer point selection for explaining deep neural networks", Theorem 3.1.
     """
@@ -83,6 +83,7 @@ def representer(
         _check.fail("intercept_scaling", intercept_scaling, "finite and 0 or more")
     if targets not in TARGETS:
         _check.fail("targets", repr(targets), f"one of {', '.join(TARGETS)}")
+    _check.positive_integer("chunk", chunk)
     fit = functools.partial(_fit, regularization, targets, intercept_scaling, tolerance, chunk)
     return Method("representer", fit, functools.partial(_scores, intercept_scaling, chunk), _self_influence)
 

@@ -1,11 +1,11 @@
 """What the methods on gradients share: which parameters, checkpoints and projection, and the rows that come of it."""
 
 import dataclasses
+import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dualxda_jax import _check
 from dualxda_jax.baselines import gradients, rows, select
@@ -47,8 +47,10 @@ class Config:
     memory: int = MEMORY
 
     def __post_init__(self) -> None:
-        if self.chunk is not None and not (isinstance(self.chunk, int | np.integer) and self.chunk >= 1):
-            _check.fail("chunk", self.chunk, "an integer, 1 or more, or None")
+        _check.positive_integer("checkpoints", self.checkpoints, or_none=True)
+        _check.positive_integer("chunk", self.chunk, or_none=True)
+        if not (isinstance(self.memory, numbers.Real) and self.memory >= 0):
+            _check.fail("memory", self.memory, "0 or more bytes")
 
 
 def projection_of(size: int | None, kind: str) -> Projection | None:

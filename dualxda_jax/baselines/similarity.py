@@ -30,6 +30,7 @@ class Config:
             _check.fail("space", repr(self.space), f"one of {', '.join(SPACES)}")
         if self.measure not in MEASURES:
             _check.fail("measure", repr(self.measure), f"one of {', '.join(MEASURES)}")
+        _check.positive_integer("chunk", self.chunk)
 
 
 @jax.tree_util.register_dataclass
@@ -59,7 +60,7 @@ def similarity(space: str = "features", measure: str = "dot", *, chunk: int = 25
         chunk: samples that the network sees at once.
 
     Raises:
-        ValueError: an unknown space or measure; in `fit`, a context without features.
+        ValueError: an unknown space or measure, a chunk below 1; in `fit`, a context without features.
 
     Source: Hanawa et al. 2021 compare such measures; the sign is the DualXDA paper's.
     """

@@ -111,8 +111,12 @@ def dualda_variant(
     for name, value, known in (("over", over, OVER), ("labels", labels, LABELS)):
         if value not in known:
             _check.fail(name, repr(value), f"one of {', '.join(known)}")
+    _check.positive_integer("checkpoints", checkpoints)
+    _check.positive_integer("chunk", chunk)
     if not costs:
         _check.fail("cost", "none", "one or more")
+    if not 0 <= intercept < np.inf:
+        _check.fail("intercept", intercept, "finite and 0 or more")
     solver = dataclasses.replace(svm.SolverConfig() if config is None else config, intercept_scaling=float(intercept))
     settings = Config(costs, over, normalize, centre, float(intercept), labels, checkpoints, solver, chunk)
     return Method(

@@ -98,7 +98,7 @@ def influence_arnoldi(
         checks.nonnegative(name, value)
     for name, number in {"rank": rank, "krylov": krylov, "samples": samples, "chunk": chunk}.items():
         if number is not None:
-            checks.positive_integer(name, number)
+            _check.positive_integer(name, number)
     if rank is not None and rank > (krylov or _KRYLOV):
         _check.fail("rank", rank, f"at most krylov={krylov or _KRYLOV}")
     config = Config(params, hessian, chunk, 1, 0, 0, samples, dtype=dtype_name(dtype))

@@ -69,7 +69,7 @@ def influence_cg(
     checks.one_of("hessian", hessian, hvp.HESSIANS)
     checks.positive("tolerance", tolerance)
     for name, value in (("max_iterations", max_iterations), ("chunk", chunk), ("vectors", vectors)):
-        checks.positive_integer(name, value)
+        _check.positive_integer(name, value)
     config = Config(params, hessian, chunk, vectors, max_iterations, dtype=dtype_name(dtype))
     numbers = {"damping": damping, "tolerance": tolerance}
     return solved.method("influence_cg", config, numbers, solve, _report)

@@ -26,12 +26,6 @@ def positive(argument: str, value: float) -> None:
         _check.fail(argument, value, "above 0")
 
 
-def positive_integer(argument: str, value: int) -> None:
-    """Raise unless it is an integer of 1 or more."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        _check.fail(argument, value, "an integer, 1 or more")
-
-
 def one_of(argument: str, value: str, names: tuple[str, ...]) -> None:
     """Raise unless it is one of the names."""
     if value not in names:

@@ -114,8 +114,8 @@ def influence_ekfac(
     if damping is not None:
         checks.nonnegative("damping", damping)
     checks.one_of("fisher", fisher, tuple(curvature.SOURCES))
-    checks.positive_integer("max_samples", max_samples)
-    checks.positive_integer("chunk", chunk)
+    _check.positive_integer("max_samples", max_samples)
+    _check.positive_integer("chunk", chunk)
     config = Config(Compiled(params, fisher, chunk, dtype_name(dtype)), damping, kfac, max_samples)
 
     def scores(fitted: Fitted, x: Array, targets: Array) -> Array:

@@ -68,8 +68,8 @@ def influence_explicit(
     """
     checks.nonnegative("damping", damping)
     checks.one_of("hessian", hessian, hvp.HESSIANS)
-    checks.positive_integer("max_parameters", max_parameters)
-    checks.positive_integer("chunk", chunk)
+    _check.positive_integer("max_parameters", max_parameters)
+    _check.positive_integer("chunk", chunk)
     config = hvp.Config(params, hessian, chunk, _COLUMNS, dtype=dtype_name(dtype))
 
     def fit(key: Array, context: Context) -> Fitted:

@@ -72,7 +72,7 @@ def influence_lissa(
     checks.one_of("hessian", hessian, hvp.HESSIANS)
     numbers = {"repeats": repeats, "depth": depth, "batch": batch, "chunk": chunk, "vectors": vectors}
     for name, value in numbers.items():
-        checks.positive_integer(name, value)
+        _check.positive_integer(name, value)
     config = Config(params, hessian, chunk, vectors, repeats, depth, batch, dtype=dtype_name(dtype))
     report = functools.partial(_report, scale, damping)
     return solved.method("influence_lissa", config, {"damping": damping, "scale": scale}, series, report)
