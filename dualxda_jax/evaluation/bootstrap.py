@@ -85,18 +85,25 @@ def _bootstrap(values: Array, key: Array, *, resamples: int, level: float) -> In
     defined = jnp.sum(known, dtype=jnp.int32)
     # The defined ones first: a draw below `defined` then never meets the others, however many there are.
     ordered = values[jnp.argsort(~known)]
-    centre = jnp.where(known, values, 0).sum() / jnp.maximum(defined, 1).astype(values.dtype)
+    used = jnp.arange(q, dtype=jnp.int32) < defined
+    count = jnp.maximum(defined, 1).astype(values.dtype)
+    # A rounded mean may lie beyond all values, and deviations from it lose less to rounding than the values themselves:
+    # it is the origin, and what it errs by is found from them.
+    origin = jnp.clip(
+        jnp.where(known, values, 0).sum() / count,
+        jnp.where(known, values, jnp.inf).min(),
+        jnp.where(known, values, -jnp.inf).max(),
+    )
+    deviations = jnp.where(used, ordered - origin, 0)
 
     def one(key: Array) -> Array:
         rows = jax.random.randint(key, (q,), 0, jnp.maximum(defined, 1))
-        used = jnp.arange(q, dtype=jnp.int32) < defined
-        # Deviations from the mean lose less to rounding than the values themselves.
-        return jnp.where(used, ordered[rows] - centre, 0).sum() / jnp.maximum(defined, 1).astype(values.dtype)
+        return jnp.where(used, deviations[rows], 0).sum() / count
 
     means = lax.map(one, jax.random.split(key, resamples), batch_size=max(1, min(resamples, _AT_ONCE // q)))
     ends = jnp.asarray([(1 - level) / 2, (1 + level) / 2], values.dtype)
     low, high = jnp.quantile(means, ends)
     some = defined > 0
     nan = jnp.asarray(jnp.nan, values.dtype)
-    mean, bottom, top = (jnp.where(some, v, nan) for v in (centre, centre + low, centre + high))
+    mean, bottom, top = (jnp.where(some, origin + v, nan) for v in (deviations.sum() / count, low, high))
     return Interval(mean, bottom, top, defined)

@@ -41,6 +41,15 @@ def test_nothing_defined_one_value_and_equal_values():
     np.testing.assert_allclose([equal.low, equal.high], equal.mean, rtol=1e-6)
 
 
+def test_an_interval_holds_its_mean_whatever_float32_rounds(rng):
+    equal = bootstrap(np.full(200, 0.3, np.float32), KEY)
+    assert equal.low == equal.mean == equal.high == np.float32(0.3)
+    far = (rng.random(200) + 1e6).astype(np.float32)
+    got = bootstrap(far, KEY)
+    assert got.low <= got.mean <= got.high
+    assert abs(float(got.mean) - far.astype(np.float64).mean()) <= np.spacing(np.float32(1e6)) / 2
+
+
 def test_under_jit_and_by_key(rng):
     values = rng.normal(size=30).astype(np.float32)
     a, b = bootstrap(values, KEY), jax.jit(bootstrap)(values, KEY)
