@@ -72,6 +72,33 @@ def test_test_images_that_are_not_there_are_one_line(arguments, message, fitted,
     assert message in said[-1] and said[-1].startswith("dualxda: ")
 
 
+@pytest.mark.parametrize("command", ["attribute", "explain"])
+@pytest.mark.parametrize(
+    ("images", "stage", "message"),
+    [
+        ([], "read", "images: got none"),
+        (["0", "-1"], "read", "images: got -1"),
+        (["0", "100000"], "train", "images: got 100000, must be in 0..149"),
+    ],
+)
+def test_such_images_are_refused_before_any_work(command, images, stage, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline.stages, stage, lambda *a, **k: pytest.fail(f"went on to {stage}"))
+    assert cli.main([command, "--limit", "150", "--out", str(tmp_path / "x"), "--images", *images]) == 1
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["demo", "fit", "evaluate"])
+def test_a_mistyped_folder_of_data_leaves_nothing(command, capsys, tmp_path):
+    out = tmp_path / "a" / "b"
+    assert cli.main([command, "--data", str(tmp_path / "mnits"), "--out", str(out)]) == 1
+    assert "no such folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    out.mkdir(parents=True)
+    assert cli.main([command, "--data", str(tmp_path / "mnits"), "--out", str(out)]) == 1
+    assert out.is_dir()
+
+
 def test_bench_times_each_step_of_the_core(capsys):
     sizes = ["--samples", "60", "--dim", "8", "--classes", "3", "--queries", "4", "--repeats", "1"]
     assert cli.main(["bench", *sizes]) == 0

@@ -9,7 +9,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 
-from dualxda_jax import attribution, checkpoint, report
+from dualxda_jax import attribution, checkpoint, data, report
 from dualxda_jax._check import fail
 from dualxda_jax._version import __version__
 from dualxda_jax.pipeline import content, stages, store
@@ -82,8 +82,9 @@ def attribute(config: DemoConfig, images: Sequence[int], *, track: store.Track |
         ValueError: data that cannot be read, no such test image, another run at work in the folder.
         OSError: the folder cannot be made.
     """
-    made = surrogate(config, track=track)
-    found = _find(made, config, images)
+    chosen = _chosen(images)
+    made = surrogate(config, track=track, check=functools.partial(_check_range, chosen))
+    found = _find(made, config, chosen)
     names, labels = made.dataset.class_names, np.asarray(made.train.labels)
     entries = []
     for i, query in enumerate(found["queries"]):
@@ -129,8 +130,9 @@ def explain(config: DemoConfig, images: Sequence[int], *, track: store.Track | N
         OSError: the folder cannot be made.
     """
     report.need_libraries()
-    made = surrogate(config, track=track)
-    found = _find(made, config, images)
+    chosen = _chosen(images)
+    made = surrogate(config, track=track, check=functools.partial(_check_range, chosen))
+    found = _find(made, config, chosen)
     made_by = checkpoint.fingerprint(
         __version__, made.params, made.support, stages.COMPOSITE, made.dataset.test.images[found["queries"]], found
     )
@@ -146,15 +148,26 @@ def explain(config: DemoConfig, images: Sequence[int], *, track: store.Track | N
     return paths
 
 
-def _find(made: Surrogate, config: DemoConfig, images: Sequence[int]) -> dict[str, Any]:
-    chosen, q = np.asarray(images, np.int64), len(made.test.labels)
+def _chosen(images: Sequence[int]) -> np.ndarray:
+    """The places in ascending order, after what can be refused before anything is read."""
+    chosen = np.unique(np.asarray(images, np.int64))
     if not chosen.size:
         fail("images", "none", "one or more places in the test set")
-    outside = chosen[(chosen < 0) | (chosen >= q)]
+    if chosen[0] < 0:
+        fail("images", int(chosen[0]), "0 or more, places in the test set")
+    return chosen
+
+
+def _check_range(chosen: np.ndarray, dataset: data.Dataset) -> None:
+    q = len(dataset.test.labels)
+    outside = chosen[chosen >= q]
     if outside.size:
         fail("images", int(outside[0]), f"in 0..{q - 1}")
+
+
+def _find(made: Surrogate, config: DemoConfig, chosen: np.ndarray) -> dict[str, Any]:
     config = dataclasses.replace(config, each_way=min(config.each_way, len(made.support.index)))
-    return stages.find(made.model, made.params, made.support, made.test, config, np.unique(chosen))
+    return stages.find(made.model, made.params, made.support, made.test, config, chosen)
 
 
 def _write(path: Path, value: dict[str, Any]) -> Path:

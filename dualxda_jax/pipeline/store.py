@@ -48,12 +48,13 @@ def claimed(out: Path) -> Iterator[None]:
     """Keep other runs out of a folder while this one writes to it; the system lets go of it when the process ends.
 
     Args:
-        out: made if it is not there.
+        out: made if it is not there, and taken away again if the run fails before it keeps anything.
 
     Raises:
         ValueError: another run is at work there.
         OSError: the folder cannot be made.
     """
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w") as lock:
         if fcntl is not None:
@@ -61,7 +62,20 @@ def claimed(out: Path) -> Iterator[None]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 fail("out", f"{out}, where another run is at work", "a folder of its own, or wait for that run")
-        yield
+        try:
+            yield
+        except BaseException:
+            _take_away(made)
+            raise
+
+
+def _take_away(made: list[Path]) -> None:
+    """Remove folders that this run made, the innermost first, if nothing but its lock is in them."""
+    with contextlib.suppress(OSError):
+        if made and [path.name for path in made[0].iterdir()] == [".lock"]:
+            (made[0] / ".lock").unlink()
+            for folder in made:
+                folder.rmdir()
 
 
 def stage(

@@ -39,12 +39,15 @@ class Surrogate(NamedTuple):
     log: list[report.Stage]
 
 
-def surrogate(config: DemoConfig, *, track: store.Track | None = None) -> Surrogate:
+def surrogate(
+    config: DemoConfig, *, track: store.Track | None = None, check: Callable[[data.Dataset], None] | None = None
+) -> Surrogate:
     """Read, train, extract and fit, taking from `config.out`, which the caller has claimed, what fits.
 
     Args:
         config: what to compute.
         track: shows the progress of a stage; None shows nothing.
+        check: called with the data set before any work on it, to raise what is wrong for a command.
 
     Raises:
         ValueError: data that cannot be read.
@@ -54,6 +57,8 @@ def surrogate(config: DemoConfig, *, track: store.Track | None = None) -> Surrog
     stage = functools.partial(store.stage, kept, track or store.silent, log)
 
     dataset = stage("read images", lambda progress: stages.read(config))
+    if check is not None:
+        check(dataset)
     num_classes = len(dataset.class_names)
     module = _MODULES[config.network](num_classes=num_classes)
     settings = models.training.config_for(len(dataset.train.labels))
