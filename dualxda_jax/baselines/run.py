@@ -35,13 +35,14 @@ def fit_resumable(
         What `method.fit(key, context)` returns.
 
     Raises:
-        ValueError: a method without stages.
+        ValueError: a method without stages, a folder that is a file.
         StaleCheckpoint: the folder holds parts of another method, other hyper-parameters, key, data or network.
     """
     stages = method.stages
     if stages is None:
         _check.fail("method", repr(method.name), "one with stages; this one's fit takes no time worth keeping")
     _check.key("key", key)
+    _check_folder(method.name, Path(folder))
     made_by = _fingerprint(method, key, context)
     count = stages.count(context)
     parts: tuple[Any, ...] = ()
@@ -55,6 +56,16 @@ def fit_resumable(
         if progress is not None:
             progress(number + 1, count)
     return stages.join(key, context, parts)
+
+
+def _check_folder(name: str, folder: Path) -> None:
+    """Refuse a file, and a folder that holds checkpoints named like the parts of another method."""
+    if folder.exists() and not folder.is_dir():
+        _check.fail("folder", f"the file {str(folder)!r}", "a folder")
+    for path in sorted(folder.glob("*-[0-9][0-9][0-9][0-9]/manifest.json")):
+        other = path.parent.name[:-5]
+        if other != name:
+            raise checkpoint.StaleCheckpoint(f"{folder}: holds parts of {other}, give {name} a folder of its own")
 
 
 def scores_to(
@@ -82,10 +93,13 @@ def scores_to(
         [q, n] on the host; the memory-mapped file, open for reading, if `out` is given.
 
     Raises:
-        ValueError: what the method's `scores` refuses; a score that is not finite, naming the first query.
+        ValueError: what the method's `scores` refuses; a score that is not finite, naming the first query; an `out`
+            that is no .npy file, or in a folder that is not there.
     """
     if out is not None and not os.fspath(out).endswith(".npy"):
         _check.fail("out", repr(os.fspath(out)), "the path of a .npy file")
+    if out is not None and not Path(out).parent.is_dir():
+        _check.fail("out", repr(os.fspath(out)), "in a folder that is there")
     blocks = _blocks(method.scores, fitted, x, targets, chunk)
     result: Any = None
     partial = None if out is None else Path(os.fspath(out) + ".partial")

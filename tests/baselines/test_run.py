@@ -278,6 +278,24 @@ def test_a_sample_that_is_not_finite_is_named(name, tiny):
         baselines.METHODS[name]().fit(jax.random.key(0), broken)
 
 
+def test_a_folder_with_parts_of_another_method_is_stale(tiny, tmp_path):
+    context, *_ = tiny
+    baselines.fit_resumable(baselines.tracin(params="head"), jax.random.key(0), context, tmp_path)
+    with pytest.raises(checkpoint.StaleCheckpoint, match="holds parts of tracin, give graddot a folder of its own"):
+        baselines.fit_resumable(baselines.graddot(params="head"), jax.random.key(0), context, tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"^folder: got the file '.*file', must be a folder$"):
+        baselines.fit_resumable(baselines.graddot(params="head"), jax.random.key(0), context, tmp_path / "file")
+
+
+def test_a_path_for_scores_that_cannot_be_is_named(fitted, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    method, fit, _ = fitted
+    with pytest.raises(ValueError, match=r"^out: got 'no/such/dir/s\.npy', must be in a folder that is there$"):
+        baselines.scores_to(method, fit, *tiny[1:], "no/such/dir/s.npy")
+    assert baselines.scores_to(method, fit, *tiny[1:], "s.npy").shape == (6, 96)
+
+
 def test_a_query_that_is_not_finite_is_named(fitted, tiny):
     _, queries, targets = tiny
     method, fit, _ = fitted
