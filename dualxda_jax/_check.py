@@ -77,6 +77,14 @@ def key(argument: str, value: Any, *, many: int | None = None) -> None:
         fail(argument, f"shape {value.shape}", "one key" + ("" if many is None else f", or [{many}]"))
 
 
+def rows_not_finite(array: Any) -> np.ndarray:
+    """Places of the rows that hold NaN or Inf; it looks at all values, so ask only where something went wrong."""
+    values = np.asarray(array)
+    if not jnp.issubdtype(values.dtype, jnp.inexact):
+        return np.zeros(0, int)
+    return np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(axis=1))
+
+
 def elsewhere(values: Any) -> bool:
     """Whether a part of an array is on devices of other processes, so that it cannot be looked at here."""
     return isinstance(values, jax.Array) and not values.is_fully_addressable and not values.is_fully_replicated

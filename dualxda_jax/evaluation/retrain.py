@@ -64,13 +64,14 @@ def many(
     Raises:
         ValueError: shapes that do not fit, labels that are no integers or outside 0..k-1, `subsets` not bool or one
             without members.
-        FloatingPointError: a loss that is not finite, with the networks that have it.
+        FloatingPointError: a loss that is not finite, with the first network that has it and, if that is why, the first
+            sample with NaN or Inf.
     """
     problem = _problem(key, module, images, labels, subsets)
     mine = problem.keys, programs.rows(problem.keys, problem.subsets, config)
     mine, shared = programs.placed(sharding, mine, (problem.images, problem.labels))
     variables, losses = programs.train(module, config, programs.across_or_default(across), sharding, shared, mine)
-    _finite(np.asarray(losses), np.arange(len(problem.subsets)))
+    _finite(np.asarray(losses), np.arange(len(problem.subsets)), problem)
     return variables
 
 
@@ -188,14 +189,20 @@ def _ask(
     part = problem._replace(keys=problem.keys[filled], subsets=problem.subsets[filled])
     mine, _ = programs.placed(sharding, (part.keys, programs.rows(part.keys, part.subsets, config)), ())
     answers, losses = programs.train_and_ask(module, config, across, sharding, shared, mine)
-    _finite(np.asarray(losses), filled)
+    _finite(np.asarray(losses), filled, problem)
     return np.asarray(answers)[: len(chunk)]
 
 
-def _finite(losses: np.ndarray, which: np.ndarray) -> None:
+def _finite(losses: np.ndarray, which: np.ndarray, problem: _Problem) -> None:
     bad = which[~np.isfinite(losses)]
-    if bad.size:
-        raise FloatingPointError(f"the loss is not finite in network {bad[0]} ({bad.size} in all): lower learning_rate")
+    if not bad.size:
+        return
+    rows = _check.rows_not_finite(problem.images)
+    rows = rows[problem.subsets[bad[0], rows]]
+    why = f"images: NaN or Inf in {rows.size} of its samples, first in row {rows[0]}" if rows.size else ""
+    raise FloatingPointError(
+        f"the loss is not finite in network {bad[0]} ({bad.size} in all): {why or 'lower learning_rate'}"
+    )
 
 
 def _workers(workers: int | None, sharding: NamedSharding | None) -> int:

@@ -157,6 +157,16 @@ def test_a_loss_that_is_not_finite_names_the_network():
         retrain.many(KEY, Tiny(), images, labels, subsets, config=wild)
 
 
+def test_images_that_are_not_finite_are_named():
+    images, labels, subsets = problem()
+    images, subsets = images.astype(np.float32) / 255, subsets[:2].copy()
+    images[7, 0, 0], images[9] = np.nan, np.inf
+    subsets[:, 6:10] = [[False] * 4, [False, True, False, True]]
+    expected = r"not finite in network 1 \(1 in all\): images: NaN or Inf in 2 of its samples, first in row 7$"
+    with pytest.raises(FloatingPointError, match=expected):
+        retrain.many(KEY, Tiny(), images, labels, subsets, config=CONFIG)
+
+
 def test_the_same_shapes_compile_once():
     misses = programs.train_and_ask._cache_size()
     ask(workers=1, across="map")
