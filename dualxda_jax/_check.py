@@ -61,6 +61,16 @@ def is_real(value: Any) -> bool:
     return known and bool(np.isfinite(value))
 
 
+def within(argument: str, value: Any, low: float, high: float, must: str) -> None:
+    """Check that a setting is a number in low..high; NaN and what is no number are not."""
+    try:
+        inside = bool(low <= value <= high)
+    except TypeError:
+        inside = False
+    if not inside:
+        fail(argument, repr(value) if isinstance(value, str) else value, must)
+
+
 def positive_integer(argument: str, value: Any, *, or_none: bool = False) -> None:
     """Check that a setting is an integer of 1 or more (bool does not count); or None, where told."""
     if value is None and or_none:

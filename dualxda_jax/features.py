@@ -51,11 +51,16 @@ def extract(
         Features(values [n, d], labels [n]).
 
     Raises:
-        ValueError: no samples, labels that are not integers, lengths that differ, `batch_size` not positive or not
-            a multiple of the devices that share a batch, features that are not [b, d], NaN or Inf among them.
+        ValueError: no function, no batches, no samples, rows of several shapes, labels that are no integers or
+            negative, lengths that differ, `batch_size` not positive or not a multiple of the devices that share a
+            batch, features that are not [b, d], NaN or Inf among them.
         StaleCheckpoint: `cache` was made by something else.
     """
     _check_options(batch_size, sharding, dtype, cache, fingerprint)
+    if not callable(feature_fn):
+        _check.fail("feature_fn", f"a {type(feature_fn).__name__}", "a function (params, x) -> features")
+    if not isinstance(batches, Iterable):
+        _check.fail("batches", f"a {type(batches).__name__}", "an iterable of batches")
     name = None if cache is None else checkpoint.fingerprint(fingerprint, params, jnp.dtype(dtype).name)
     if sharding is not None:
         params = jax.device_put(params, NamedSharding(sharding.mesh, PartitionSpec()))
@@ -119,10 +124,16 @@ def _check_options(batch_size: int, sharding: Any, dtype: Any, cache: Any, finge
 def _chunks(batches: Any, size: int, progress: Progress | None) -> Iterator[tuple[Any, np.ndarray]]:
     """Kept rows, at most `size` at once."""
     total = len(batches) if hasattr(batches, "__len__") else None
+    expected: tuple[int, ...] | None = None
     for done, batch in enumerate(batches, 1):
         inputs, labels, mask = _unpack(batch)
         if mask is not None and not mask.all():
             inputs, labels = inputs[mask], labels[mask]
+        expected = inputs.shape[1:] if expected is None else expected
+        if inputs.shape[1:] != expected:
+            _check.fail("batches", f"inputs of shape {inputs.shape[1:]} in batch {done}", f"of {expected} as before")
+        if labels.size and labels.min() < 0:
+            _check.fail("labels", f"{labels.min()} in batch {done}", "0 or more")
         for start in range(0, len(labels), size):
             yield inputs[start : start + size], labels[start : start + size]
         if progress is not None:

@@ -116,7 +116,7 @@ class TestCompress:
         ("change", "message"),
         [
             (lambda f, y: (f[:-1], y), "^features: got shape"),
-            (lambda f, y: (f[:, :-1], y), "^solution.weights: got shape"),
+            (lambda f, y: (f[:, :-1], y), r"^features: got shape \(40, 5\), must be \[40, 6\]"),
             (lambda f, y: (f, y[:-1]), "^labels: got shape"),
             (lambda f, y: (f, y.astype(np.float32)), "^labels: got dtype float32"),
             (lambda f, y: (f, np.full_like(y, 4)), r"^labels: got 4 at position 0 .* in 0\.\.3"),
@@ -127,7 +127,27 @@ class TestCompress:
         with pytest.raises(ValueError, match=message):
             attribution.compress(*change(features, labels), solution)
 
-    @pytest.mark.parametrize("tolerance", [-1e-3, float("nan"), float("inf")])
+    @pytest.mark.parametrize("solution", [None, np.zeros((40, 4))])
+    def test_what_is_no_solution(self, rng, solution):
+        features, labels, _ = make_problem(rng)
+        with pytest.raises(ValueError, match=r"^solution: got a \w+, must be the DualSolution"):
+            attribution.compress(features, labels, solution)
+
+    def test_a_solution_is_to_be_compressed_first(self, rng):
+        _, labels, solution = make_problem(rng)
+        query = np.zeros((2, 6), np.float32)
+        calls = [
+            lambda: attribution.scores(solution, query, labels[:2]),
+            lambda: attribution.top_k(solution, query, labels[:2], k=1),
+            lambda: attribution.logits(solution, query),
+            lambda: attribution.self_influence(solution),
+            lambda: attribution.dense(solution, query),
+        ]
+        for call in calls:
+            with pytest.raises(ValueError, match=r"^model: got a DualSolution, .* attribution\.compress"):
+                call()
+
+    @pytest.mark.parametrize("tolerance", [-1e-3, float("nan"), float("inf"), "a", None])
     def test_bad_tolerance(self, rng, tolerance):
         with pytest.raises(ValueError, match=r"^tolerance: got"):
             attribution.compress(*make_problem(rng), tolerance=tolerance)

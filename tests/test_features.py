@@ -80,6 +80,9 @@ def test_bad_input_is_named(rng):
         ([(x, y.astype(np.float32))], 4, "labels"),
         ([(x, y[1:])], 4, "labels"),
         ([x], 4, "batches"),
+        (None, 4, "batches: got a NoneType, must be an iterable"),
+        ([(x, y), (x[:, :1], y)], 4, r"batches: got inputs of shape .* in batch 2, must be of .* as before"),
+        ([(x, y), (x, y - y.max() - 1)], 4, "labels: got -.* in batch 2, must be 0 or more"),
         ([(x, y)], 0, "batch_size"),
         ([(x, y)], 2.5, "batch_size: got 2.5, must be an integer"),
         ([(bad, y)], 4, "NaN or Inf in 2 of 9 rows .first: 2, 7"),
@@ -87,6 +90,8 @@ def test_bad_input_is_named(rng):
     for batches, size, message in cases:
         with pytest.raises(ValueError, match=message):
             features.extract(feature_fn, PARAMS, batches, batch_size=size)
+    with pytest.raises(ValueError, match="feature_fn: got a NoneType, must be a function"):
+        features.extract(None, PARAMS, [(x, y)], batch_size=4)
     with pytest.raises(ValueError, match="feature_fn"):
         features.extract(lambda p, x: x[..., None], PARAMS, [(x, y)], batch_size=4)
     with pytest.raises(ValueError, match="fingerprint"):

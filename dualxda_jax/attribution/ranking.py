@@ -44,7 +44,8 @@ def top_k(
         `TopK` with scores [q, k], best first, and their places in the training set [q, k].
 
     Raises:
-        ValueError: k outside 1..s, mismatched shapes, targets that are no integers in 0..k-1.
+        ValueError: a model that is no `SupportModel`, k outside 1..s, mismatched shapes, targets that are no integers
+            in 0..k-1.
     """
     scoring.check_query(model, query)
     scoring.check_targets(model, query, targets)

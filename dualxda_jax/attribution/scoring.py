@@ -28,7 +28,7 @@ def scores(model: SupportModel, query: Array, targets: Array, *, include_interce
         [q, s] coefficients[i, target] · (⟨features_i, query⟩ + b²), columns in the order of `model.index`.
 
     Raises:
-        ValueError: mismatched shapes, targets that are no integers in 0..k-1.
+        ValueError: a model that is no `SupportModel`, mismatched shapes, targets that are no integers in 0..k-1.
     """
     check_query(model, query)
     check_targets(model, query, targets)
@@ -45,7 +45,11 @@ def self_influence(model: SupportModel) -> Array:
 
     Returns:
         [s] coefficients[i, y_i] · (‖features_i‖² + b²), never negative.
+
+    Raises:
+        ValueError: a model that is no `SupportModel`.
     """
+    check_model(model)
     return _self_influence(model)
 
 
@@ -60,14 +64,22 @@ def logits(model: SupportModel, query: Array) -> Array:
         [q, k] query · weightsᵀ + intercept.
 
     Raises:
-        ValueError: another shape of query.
+        ValueError: a model that is no `SupportModel`, another shape of query.
     """
     check_query(model, query)
     return _logits(model, jnp.asarray(query))
 
 
+def check_model(model: Any) -> None:
+    """Refuse what is no `SupportModel`, such as a solution that was not compressed."""
+    if not isinstance(model, SupportModel):
+        must = "a SupportModel: call attribution.compress(features, labels, solution) first"
+        _check.fail("model", f"a {type(model).__name__}", must)
+
+
 def check_query(model: SupportModel, query: Any) -> None:
-    """Refuse queries of another shape than [q, d], or that are no numbers."""
+    """Refuse a model that is none, and queries of another shape than [q, d] or that are no numbers."""
+    check_model(model)
     _check.shape("query", query, ("q", model.features.shape[1]))
     _check.numbers("query", query)
 

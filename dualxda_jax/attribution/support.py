@@ -1,6 +1,6 @@
 """From a solution to its support vectors, and from their scores back to the whole training set."""
 
-import math
+import sys
 from typing import Any
 
 import jax
@@ -31,20 +31,21 @@ def compress(features: Any, labels: Any, solution: DualSolution, *, tolerance: f
         A `SupportModel` with s support vectors; s may be 0. Coefficients and features keep their dtypes.
 
     Raises:
-        ValueError: inside jit or vmap, mismatched shapes, labels that are no integers in 0..k-1, a bad tolerance.
+        ValueError: inside jit or vmap, a solution that is none, mismatched shapes, labels that are no integers in
+            0..k-1, a bad tolerance.
     """
+    if not isinstance(solution, DualSolution):
+        _check.fail("solution", f"a {type(solution).__name__}", "the DualSolution that svm.solve returned")
     _check.shape("solution.coefficients", solution.coefficients, ("n", "k"))
     n, k = solution.coefficients.shape
     features, labels = (a if hasattr(a, "shape") else np.asarray(a) for a in (features, labels))
-    _check.shape("features", features, (n, "d"))
-    d = features.shape[1]
+    _check.shape("solution.weights", solution.weights, (k, "d"))
+    _check.shape("features", features, (n, solution.weights.shape[1]))
     _check.shape("labels", labels, (n,))
     _check.integers("labels", labels)
     _check.class_range("labels", labels, k)
-    _check.shape("solution.weights", solution.weights, (k, d))
     _check.shape("solution.intercept", solution.intercept, (k,))
-    if not (math.isfinite(tolerance) and tolerance >= 0):
-        _check.fail("tolerance", tolerance, "a finite number, at least 0")
+    _check.within("tolerance", tolerance, 0, sys.float_info.max, "a finite number, at least 0")
 
     coefficients = jax.lax.stop_gradient(jnp.asarray(solution.coefficients))
     if _check.is_traced(coefficients):
@@ -78,8 +79,9 @@ def dense(model: SupportModel, scores: Array) -> Array:
         [q, n] with exact zeros for the samples that are no support vectors.
 
     Raises:
-        ValueError: scores of another shape.
+        ValueError: scores of another shape, a model that is no `SupportModel`.
     """
+    scoring.check_model(model)
     _check.shape("scores", scores, ("q", model.index.shape[0]))
     return _dense(model, jnp.asarray(scores))
 

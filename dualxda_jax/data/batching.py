@@ -28,7 +28,8 @@ def batches(
         ⌈n/b⌉ batches: inputs [b, ...], labels [b], mask [b], False in the rows that were filled up.
 
     Raises:
-        ValueError: at the call, not at the first batch: counts that differ, n = 0, batch_size < 1.
+        ValueError: at the call, not at the first batch: counts that differ, n = 0, a batch_size that is no
+            integer of 1 or more.
     """
     images, labels = np.asarray(images), np.asarray(labels)
     _check.shape("labels", labels, ("n",))
@@ -37,8 +38,7 @@ def batches(
         _check.fail("images", f"shape {images.shape}", "[n, ...] with n >= 1")
     if len(images) != len(labels):
         _check.fail("labels", f"{len(labels)} labels", f"{len(images)}, one for each image")
-    if batch_size < 1:
-        _check.fail("batch_size", batch_size, "at least 1")
+    _check.positive_integer("batch_size", batch_size)
     if key is not None:
         _check.key("key", key)
     order = None if key is None else np.asarray(jax.random.permutation(key, len(images)))

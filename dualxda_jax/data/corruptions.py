@@ -134,6 +134,5 @@ def class_groups(labels: Array | np.ndarray) -> Array:
 def _check_common(labels: Array | np.ndarray, key: Array, fraction: float) -> None:
     _check.shape("labels", labels, ("n",))
     _check.integers("labels", labels)
-    if not 0 <= fraction <= 1:
-        _check.fail("fraction", fraction, "in 0..1")
+    _check.within("fraction", fraction, 0, 1, "in 0..1")
     _check.key("key", key)

@@ -61,6 +61,7 @@ def test_a_batch_is_a_pytree():
     ("images", "labels", "size", "says"),
     [
         (*make(3), 0, "^batch_size: got 0"),
+        (*make(3), 1.5, "^batch_size: got 1.5, must be an integer"),
         (make(3)[0], make(4)[1], 2, "^labels: got 4 labels, must be 3"),
         (make(3)[0], np.zeros(3), 2, "^labels: got dtype float64"),
         (np.zeros((0, 2)), np.zeros(0, int), 2, "^images: got shape"),

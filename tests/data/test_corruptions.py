@@ -114,6 +114,8 @@ IMAGES = np.zeros((3, 12, 12, 1), np.uint8)
         (lambda: data.label_noise(LABELS, KEY, num_classes=2), "^labels: got 2 at position 2"),
         (lambda: data.label_noise(LABELS * 1.0, KEY, num_classes=3), "^labels: got dtype float64"),
         (lambda: data.label_noise(LABELS, KEY, num_classes=3, fraction=1.1), "^fraction: got 1.1"),
+        (lambda: data.label_noise(LABELS, KEY, num_classes=3, fraction="a"), "^fraction: got 'a', must be in 0..1"),
+        (lambda: data.shortcut_mark(IMAGES, LABELS, KEY, fraction=None), "^fraction: got None"),
         (lambda: data.label_noise(LABELS, jnp.zeros(2, jnp.uint32), num_classes=3), "^key: got"),
         (lambda: data.label_noise(LABELS, 0, num_classes=3), "^key: got int"),
         (lambda: data.shortcut_mark(IMAGES[:2], LABELS, KEY), "^images: got shape"),
