@@ -28,7 +28,7 @@ def fit_resumable(
         method: one that has stages, as TRAK and TracIn.
         key: typed key.
         context: what to learn from.
-        folder: where the parts are kept, one checkpoint each.
+        folder: where the parts are kept, one checkpoint each, named after the method: several methods may share it.
         progress: called with (parts done, parts in all).
 
     Returns:
@@ -36,13 +36,14 @@ def fit_resumable(
 
     Raises:
         ValueError: a method without stages, a folder that is a file.
-        StaleCheckpoint: the folder holds parts of another method, other hyper-parameters, key, data or network.
+        StaleCheckpoint: the folder holds parts of this method with other hyper-parameters, key, data or network.
     """
     stages = method.stages
     if stages is None:
         _check.fail("method", repr(method.name), "one with stages; this one's fit takes no time worth keeping")
     _check.key("key", key)
-    _check_folder(method.name, Path(folder))
+    if Path(folder).exists() and not Path(folder).is_dir():
+        _check.fail("folder", f"the file {os.fspath(folder)!r}", "a folder")
     made_by = _fingerprint(method, key, context)
     count = stages.count(context)
     parts: tuple[Any, ...] = ()
@@ -56,16 +57,6 @@ def fit_resumable(
         if progress is not None:
             progress(number + 1, count)
     return stages.join(key, context, parts)
-
-
-def _check_folder(name: str, folder: Path) -> None:
-    """Refuse a file, and a folder that holds checkpoints named like the parts of another method."""
-    if folder.exists() and not folder.is_dir():
-        _check.fail("folder", f"the file {str(folder)!r}", "a folder")
-    for path in sorted(folder.glob("*-[0-9][0-9][0-9][0-9]/manifest.json")):
-        other = path.parent.name[:-5]
-        if other != name:
-            raise checkpoint.StaleCheckpoint(f"{folder}: holds parts of {other}, give {name} a folder of its own")
 
 
 def scores_to(

@@ -278,14 +278,20 @@ def test_a_sample_that_is_not_finite_is_named(name, tiny):
         baselines.METHODS[name]().fit(jax.random.key(0), broken)
 
 
-def test_a_folder_with_parts_of_another_method_is_stale(tiny, tmp_path):
-    context, *_ = tiny
-    baselines.fit_resumable(baselines.tracin(params="head"), jax.random.key(0), context, tmp_path)
-    with pytest.raises(checkpoint.StaleCheckpoint, match="holds parts of tracin, give graddot a folder of its own"):
-        baselines.fit_resumable(baselines.graddot(params="head"), jax.random.key(0), context, tmp_path)
+def test_a_folder_for_parts_that_is_a_file_is_named(tiny, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"^folder: got the file '.*file', must be a folder$"):
-        baselines.fit_resumable(baselines.graddot(params="head"), jax.random.key(0), context, tmp_path / "file")
+        baselines.fit_resumable(baselines.graddot(params="head"), jax.random.key(0), tiny[0], tmp_path / "file")
+
+
+def test_methods_may_share_the_folder_of_their_parts(tiny, tmp_path):
+    context, queries, targets = tiny
+    for method in (baselines.tracin(params="head"), baselines.graddot(params="head")):
+        resumed = baselines.fit_resumable(method, jax.random.key(0), context, tmp_path)
+        plain = method.fit(jax.random.key(0), context)
+        np.testing.assert_array_equal(method.scores(resumed, queries, targets), method.scores(plain, queries, targets))
+    with pytest.raises(checkpoint.StaleCheckpoint):
+        baselines.fit_resumable(baselines.graddot(params="head"), jax.random.key(1), context, tmp_path)
 
 
 def test_a_path_for_scores_that_cannot_be_is_named(fitted, tiny, tmp_path, monkeypatch):
