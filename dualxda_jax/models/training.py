@@ -47,9 +47,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.optimizer not in ("adam", "sgd"):
             _check.fail("optimizer", repr(self.optimizer), '"adam" or "sgd"')
-        for name in ("steps", "batch_size", "learning_rate"):
-            if not getattr(self, name) > 0:
-                _check.fail(name, getattr(self, name), "more than 0")
+        for name in ("steps", "batch_size"):
+            _check.positive_integer(name, getattr(self, name))
+        if not (_check.is_real(self.learning_rate) and self.learning_rate > 0):
+            _check.fail("learning_rate", repr(self.learning_rate), "more than 0 and finite")
+        _check.within("momentum", self.momentum, 0.0, 1.0, "in 0..1")
+        _check.within("weight_decay", self.weight_decay, 0.0, float(np.finfo(np.float32).max), "0 or more and finite")
+        _check.within("warmup", self.warmup, 0.0, 1.0, "in 0..1, a share of the steps")
 
 
 @jax.tree_util.register_dataclass
@@ -200,7 +204,8 @@ def fit(
     Raises:
         ValueError: lengths that differ, no samples, labels that are not integers or outside 0..k-1.
         StaleCheckpoint: `checkpoint_dir` holds a training of something else.
-        FloatingPointError: the loss is not finite at the end of a pass.
+        FloatingPointError: the loss is not finite at the end of a pass; with the first image that holds NaN or Inf, if
+            one does.
     """
     _check.key("key", key)
     images, labels = np.asarray(images), np.asarray(labels)
@@ -228,7 +233,9 @@ def fit(
             if progress is not None:
                 progress(done, config.steps)
         if not np.isfinite(float(metrics["loss"])):
-            raise FloatingPointError(f"the loss is {float(metrics['loss'])} after {done} steps: lower learning_rate")
+            bad = _check.rows_not_finite(images)
+            why = f"{bad.size} images hold NaN or Inf, first {bad[0]}" if bad.size else "lower learning_rate"
+            raise FloatingPointError(f"the loss is {float(metrics['loss'])} after {done} steps: {why}")
         if path is not None:
             checkpoint.save(path, _arrays(state), fingerprint=made_by, overwrite=True)
     return state
@@ -249,6 +256,7 @@ def predict(
         [n, k] on the host.
     """
     images = np.asarray(images)
+    _check.positive_integer("batch_size", batch_size)
     if not len(images):
         _check.fail("images", "no samples", "at least one")
     parts = []

@@ -83,7 +83,9 @@ def trajectory(
             if progress is not None:
                 progress(done, config.steps)
         if not np.isfinite(float(loss)):
-            raise FloatingPointError(f"the loss is {float(loss)} after {done} steps: lower learning_rate")
+            bad = _check.rows_not_finite(images)
+            why = f"{bad.size} images hold NaN or Inf, first {bad[0]}" if bad.size else "lower learning_rate"
+            raise FloatingPointError(f"the loss is {float(loss)} after {done} steps: {why}")
         kept.append(state.variables)
     return Trajectory(tuple(kept), _rates(config, stops))
 

@@ -157,7 +157,7 @@ def row_bytes(width: int, dtype: Any) -> int:
 
 def choose(costs: Array, state: SolverState, size: int, config: SolverConfig) -> tuple[Array, Array]:
     """[size] places of the samples to solve for, and which of them count: the leading ones."""
-    index, valid = working_set.least_decided(costs, state, size)
+    index, valid = working_set.least_decided(costs, state, size, ranked=True)
     wanted = jnp.minimum((ROOM * state.undecided.astype(jnp.float32)).astype(jnp.int32), size)
     valid = valid & (jnp.arange(size, dtype=jnp.int32) < jnp.maximum(wanted, min(config.block, size, LEAST)))
     # In no order: neighbours in rank want the same of W.

@@ -76,7 +76,7 @@ def solve_on_host(
     else:
         state = (_sampled_start if by_newton else _swept_start)(data, num_classes, config)
     size = min(run.most_rows(data, config), least_block(config))
-    target, slack, rounds, turns, before = config.tolerance, 0, 0, 0, math.inf
+    target, slack, rounds, turns, before, stalled = config.tolerance, 0, 0, 0, math.inf, False
     now, best = config, None
     while True:
         to_gap = _by_newton if now.method == "newton" else _by_coordinates
@@ -90,9 +90,11 @@ def solve_on_host(
         state = dataclasses.replace(state, visits=state.visits + 2.0 * data.features.shape[0])
         if bool(info.converged) or not math.isfinite(float(info.gap)) or int(state.epochs) >= config.max_epochs:
             break
+        stalled = stuck if now is not config else stalled
         if stuck:
             least, turns = float(best.info.gap), turns + 1
-            if turns > rounds_of.TURNS or (now is config and least > rounds_of.TURN_FALL * before):
+            exhausted = now is config and stalled and least > rounds_of.TURN_FALL * before
+            if turns > rounds_of.TURNS or exhausted:
                 break
             before, now = (least if now is config else before), _other(now, config)
             if now is not config:
@@ -164,9 +166,11 @@ def _by_coordinates(
     if precise:
         state = exactly(state)
     seen, exhausted, poor = standing(state), False, 0
+    begun = seen.epochs
     while True:
         report(seen.ratio)
-        lost, tired = math.isnan(seen.ratio), poor >= rounds_of.POOR_ROUNDS
+        lost = math.isnan(seen.ratio)
+        tired = poor >= rounds_of.POOR_ROUNDS or rounds_of.lengthy(seen.epochs - begun, seen.ratio)
         stuck = tired and precise
         if seen.ratio <= target or seen.epochs >= config.max_epochs or (lost and precise) or stuck:
             return state, size, slack, stuck and seen.ratio > target

@@ -17,13 +17,14 @@ from dualxda_jax.svm.working_set import GOLDEN, SolverState
 
 # A round by coordinates is poor where the dual rises by less than this part of itself and of the gap, and more than
 # another part of the gap is left; after some, Newton's method is the better one: the problem is so stiff that hardly a
-# sample can move by itself.
+# sample can move by itself. So it is after so many passes that have not brought the relative gap below this.
 POOR_RISE, SETTLING, POOR_ROUNDS = 0.02, 0.5, 4
+LONG, FAR = 300, 1e-2
 # Newton's method hands back to coordinates once so many rounds have not brought its gap below this part of the least:
-# its W is better than its W(α), and the latter is what is certified. So many turns the two take at most, and as long
-# as the certificates of two turns are better by this part than what was there before them: else the precision is
+# its W is better than its W(α), and the latter is what is certified. So many turns get nowhere at most; and where both
+# methods' last ones did, and have not brought the best certificate below this part of what it was, the precision is
 # exhausted.
-STALLED_ROUNDS, STALLED_FALL, TURNS, TURN_FALL = 6, 0.5, 6, 0.5
+STALLED_ROUNDS, STALLED_FALL, TURNS, TURN_FALL = 6, 0.5, 12, 0.5
 # Sweeps over all samples end once fewer than this part of them moves.
 FEW, LEAST_SWEEPS, MOST_SWEEPS = 0.17, 2, 8
 # They leave alone what violates its margin by less.
@@ -106,6 +107,11 @@ def poor(dual_before: Any, gap_before: Any, dual: Any, gap: Any) -> Any:
     """
     rise = dual - dual_before
     return (rise < POOR_RISE * gap) & (rise < POOR_RISE * abs(dual)) & (gap > SETTLING * gap_before)
+
+
+def lengthy(epochs: Any, ratio: Any) -> Any:
+    """Whether coordinates take too long, by the passes that they took and the relative gap that is left."""
+    return (epochs >= LONG) & (ratio > FAR)
 
 
 def sweeps_from(state: SolverState, labels: Array) -> tuple[Array, Array]:

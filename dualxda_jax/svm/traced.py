@@ -43,6 +43,7 @@ class Standing(NamedTuple):
     turns: Array
     by_newton: Array
     before: Array
+    stalled: Array
     done: Array
 
 
@@ -103,7 +104,7 @@ def _solve_traced(data: Data, start: Start | None, *, num_classes: int, config: 
         found: Certificate = jax.tree.map(lambda a, b: jnp.where(better, a, b), new, now.found)
         state = dataclasses.replace(state, visits=state.visits + 2.0 * n)
         least, turns = found.ratio, now.turns + stuck.astype(jnp.int32)
-        exhausted = ~now.by_newton & (least > rounds_of.TURN_FALL * now.before)
+        exhausted = ~now.by_newton & now.stalled & (least > rounds_of.TURN_FALL * now.before)
         hopeless = jnp.where(stuck, exhausted | (turns > rounds_of.TURNS), now.rounds + 1 >= MAX_ROUNDS)
         short = (new.ratio > config.tolerance) & jnp.isfinite(new.ratio) & (state.epochs < config.max_epochs)
         return Standing(
@@ -114,6 +115,7 @@ def _solve_traced(data: Data, start: Start | None, *, num_classes: int, config: 
             turns,
             stuck & ~now.by_newton,
             jnp.where(stuck & ~now.by_newton, least, now.before),
+            jnp.where(now.by_newton, stuck, now.stalled),
             ~short | hopeless,
         )
 
@@ -122,7 +124,7 @@ def _solve_traced(data: Data, start: Start | None, *, num_classes: int, config: 
         jnp.zeros((data.features.shape[0], num_classes), dtype), jnp.zeros_like(problem.offset), zero, zero
     )
     target, infinite = jnp.asarray(config.tolerance, jnp.float64), jnp.asarray(jnp.inf, jnp.float64)
-    begun = Standing(state, target, nothing, none, none, no, infinite, no)
+    begun = Standing(state, target, nothing, none, none, no, infinite, no, no)
     end = lax.while_loop(lambda now: ~now.done, refine, begun)
     return end.found.answer(end.state.epochs, config)
 
@@ -149,9 +151,15 @@ def _solve_to(
         # Newton's method leaves a W that is not W(α).
         anew = lambda: rounds_of.state_at(asked, state.simplex, state.visits, config)  # noqa: E731
         state = lax.cond(~now.by_newton & (now.turns > 0), anew, lambda: state)
-        well = lambda c: unfinished(c[0]) & (c[1] < rounds_of.POOR_ROUNDS) & ~now.by_newton  # noqa: E731
-        state, poor = lax.while_loop(well, sweep_on, (state, jnp.asarray(0, jnp.int32)))
-        stuck = (poor >= rounds_of.POOR_ROUNDS) & unfinished(state)
+        begun = state.epochs
+
+        def tired(carry: tuple[SolverState, Array]) -> Array:
+            ratio = relative(carry[0].gap, carry[0].primal)
+            return (carry[1] >= rounds_of.POOR_ROUNDS) | rounds_of.lengthy(carry[0].epochs - begun, ratio)
+
+        well = lambda c: unfinished(c[0]) & ~tired(c) & ~now.by_newton  # noqa: E731
+        swept_so_far = lax.while_loop(well, sweep_on, (state, jnp.asarray(0, jnp.int32)))
+        state, stuck = swept_so_far[0], tired(swept_so_far) & unfinished(swept_so_far[0]) & ~now.by_newton
         soft = working_set.first_penalty(problem, config)
         state = dataclasses.replace(state, penalty=jnp.maximum(state.penalty, soft), first_penalty=soft)
 

@@ -190,8 +190,13 @@ def begin(
     )
 
 
-def least_decided(costs: Array, state: SolverState, size: int, axis: Axis = None) -> tuple[Array, Array]:
-    """[size] places of the samples with the smallest lead for their norm, in that order, and which of them can move."""
+def least_decided(
+    costs: Array, state: SolverState, size: int, axis: Axis = None, *, ranked: bool = False
+) -> tuple[Array, Array]:
+    """[size] places of the samples with the smallest lead for their norm, and which of them can move.
+
+    They are in that order where they are a part of all samples of one device, or `ranked`.
+    """
     n = state.norms.shape[0]
     # What has no cost has no say, what has no features needs to find its class once, and NaN must not hide the others.
     settled = (state.norms == 0.0) & (state.lead >= -2.0 * surveys.BARELY)
@@ -199,7 +204,8 @@ def least_decided(costs: Array, state: SolverState, size: int, axis: Axis = None
     order = jnp.where(fixed, jnp.inf, state.lead / jnp.maximum(state.norms, SHORTEST))
     if axis is not None:
         return _least_of_all(order, size, axis)
-    index = lax.top_k(-order, size)[1].astype(jnp.int32) if size < n else jnp.arange(n, dtype=jnp.int32)
+    some = ranked or size < n
+    index = lax.top_k(-order, size)[1].astype(jnp.int32) if some else jnp.arange(n, dtype=jnp.int32)
     return index, jnp.isfinite(order[index])
 
 

@@ -103,8 +103,23 @@ def test_bad_input_is_named(images):
         training.fit(0, Tiny(), *images, config=CONFIG)
     with pytest.raises(ValueError, match="optimizer"):
         training.TrainConfig(optimizer="lion")
-    with pytest.raises(FloatingPointError, match="learning_rate"):
-        training.fit(jax.random.key(0), Tiny(), images[0] * np.float32("nan"), images[1], config=CONFIG)
+    for bad in ({"steps": 1.5}, {"batch_size": 0}, {"learning_rate": "a"}, {"momentum": -1.0}, {"weight_decay": -1.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))}: got"):
+            training.TrainConfig(**bad)
+    with pytest.raises(ValueError, match="warmup: got 2"):
+        training.TrainConfig(warmup=2.0)
+    with pytest.raises(ValueError, match="batch_size: got 0"):
+        training.predict(lambda params, x: x, {}, images[0], batch_size=0)
+
+
+def test_a_loss_that_is_not_finite_says_why(images):
+    spoiled = images[0].astype(np.float32)
+    spoiled[5] = np.nan
+    with pytest.raises(FloatingPointError, match="1 images hold NaN or Inf, first 5"):
+        training.fit(jax.random.key(0), Tiny(), spoiled, images[1], config=CONFIG)
+    wild = dataclasses.replace(CONFIG, learning_rate=1e30)
+    with pytest.raises(FloatingPointError, match="lower learning_rate"):
+        training.fit(jax.random.key(0), Tiny(), *images, config=wild)
 
 
 def test_config_for_scales_epochs_with_the_size():
