@@ -76,7 +76,7 @@ def solve_on_host(
     else:
         state = (_sampled_start if by_newton else _swept_start)(data, num_classes, config)
     size = min(run.most_rows(data, config), least_block(config))
-    target, slack, rounds, turns, before, stalled = config.tolerance, 0, 0, 0, math.inf, False
+    target, slack, rounds, turns, before, stalled = config.tolerance, 0, 0, 0, -math.inf, False
     now, best = config, None
     while True:
         to_gap = _by_newton if now.method == "newton" else _by_coordinates
@@ -92,11 +92,11 @@ def solve_on_host(
             break
         stalled = stuck if now is not config else stalled
         if stuck:
-            least, turns = float(best.info.gap), turns + 1
-            exhausted = now is config and stalled and least > rounds_of.TURN_FALL * before
-            if turns > rounds_of.TURNS or exhausted:
+            seen, turns = standing(state), turns + 1
+            exhausted = now is config and stalled and seen.dual - before < rounds_of.TURN_RISE * seen.gap
+            if exhausted or turns > rounds_of.TURNS:
                 break
-            before, now = (least if now is config else before), _other(now, config)
+            before, now = (seen.dual if now is config else before), _other(now, config)
             if now is not config:
                 asked = _with_slack(data, slack, config)
                 state = run.handed_over(asked, state, num_classes=num_classes, config=now)
@@ -179,13 +179,12 @@ def _by_coordinates(
             data = _with_slack(plain, slack, config)
             # What overflows float32 starts anew.
             state = run.first_state(data, None, **given) if lost else exactly(state)
-            # Rounds that were poor for another reason than float32 soon show it.
-            seen, precise, poor = standing(state), True, poor // 2
+            seen, precise = standing(state), True
             continue
         size, last = _next_size(seen.undecided, most, config.block), seen
         state, *_ = run.one_round(data, state, goal, size=size, config=config, precise=precise)
         seen = standing(state)
-        poor += rounds_of.poor(last.dual, last.gap, seen.dual, seen.gap)
+        poor += precise and rounds_of.poor(last.dual, last.gap, seen.dual, seen.gap)
         stuck = seen.dual - last.dual < FLOAT32_RISE * seen.gap
         exhausted = stuck or (seen.ratio < FLOAT32_GAP and seen.ratio > FLOAT32_FALL * last.ratio)
 

@@ -43,8 +43,8 @@ def objectives(
         _check.fail("intercept_scaling", repr(intercept_scaling), "0 or more and finite")
     if not in_trace(given, labels, coefficients, cost):
         x, y, alpha = np.asarray(given), np.asarray(labels), np.asarray(coefficients)
-        # The cost as `solve` takes it; float64 of NumPy is float64 here whether or not x64 is on.
-        c = np.asarray(cost).astype(np.float64 if x.dtype == np.float64 else np.float32)
+        # Not as `prepare` left them: float64 of NumPy is float64 here whether or not x64 is on.
+        c = np.asarray(cost, np.float64)
         primal, dual = host_objectives(x, y, alpha, np.broadcast_to(c, len(x)), intercept_scaling)
         return np.float64(primal), np.float64(dual)  # type: ignore[return-value]
     with jax.enable_x64(True):

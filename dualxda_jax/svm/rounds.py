@@ -22,9 +22,8 @@ POOR_RISE, SETTLING, POOR_ROUNDS = 0.02, 0.5, 4
 LONG, FAR = 300, 1e-2
 # Newton's method hands back to coordinates once so many rounds have not brought its gap below this part of the least:
 # its W is better than its W(α), and the latter is what is certified. So many turns get nowhere at most; and where both
-# methods' last ones did, and have not brought the best certificate below this part of what it was, the precision is
-# exhausted.
-STALLED_ROUNDS, STALLED_FALL, TURNS, TURN_FALL = 6, 0.5, 12, 0.5
+# methods' last ones did, and the dual has risen by less than this part of the gap, the precision is exhausted.
+STALLED_ROUNDS, STALLED_FALL, TURNS, TURN_RISE = 6, 0.5, 100, 1e-2
 # Sweeps over all samples end once fewer than this part of them moves.
 FEW, LEAST_SWEEPS, MOST_SWEEPS = 0.17, 2, 8
 # They leave alone what violates its margin by less.

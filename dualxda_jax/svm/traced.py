@@ -103,8 +103,8 @@ def _solve_traced(data: Data, start: Start | None, *, num_classes: int, config: 
         better = ((now.rounds == 0) & (now.turns == 0)) | (new.ratio < now.found.ratio)
         found: Certificate = jax.tree.map(lambda a, b: jnp.where(better, a, b), new, now.found)
         state = dataclasses.replace(state, visits=state.visits + 2.0 * n)
-        least, turns = found.ratio, now.turns + stuck.astype(jnp.int32)
-        exhausted = ~now.by_newton & now.stalled & (least > rounds_of.TURN_FALL * now.before)
+        turns, rise = now.turns + stuck.astype(jnp.int32), state.dual - now.before
+        exhausted = ~now.by_newton & now.stalled & (rise < rounds_of.TURN_RISE * state.gap)
         hopeless = jnp.where(stuck, exhausted | (turns > rounds_of.TURNS), now.rounds + 1 >= MAX_ROUNDS)
         short = (new.ratio > config.tolerance) & jnp.isfinite(new.ratio) & (state.epochs < config.max_epochs)
         return Standing(
@@ -114,7 +114,7 @@ def _solve_traced(data: Data, start: Start | None, *, num_classes: int, config: 
             jnp.where(stuck, now.rounds, now.rounds + 1),
             turns,
             stuck & ~now.by_newton,
-            jnp.where(stuck & ~now.by_newton, least, now.before),
+            jnp.where(stuck & ~now.by_newton, state.dual, now.before),
             jnp.where(now.by_newton, stuck, now.stalled),
             ~short | hopeless,
         )
@@ -123,7 +123,7 @@ def _solve_traced(data: Data, start: Start | None, *, num_classes: int, config: 
     nothing = Certificate(
         jnp.zeros((data.features.shape[0], num_classes), dtype), jnp.zeros_like(problem.offset), zero, zero
     )
-    target, infinite = jnp.asarray(config.tolerance, jnp.float64), jnp.asarray(jnp.inf, jnp.float64)
+    target, infinite = jnp.asarray(config.tolerance, jnp.float64), jnp.asarray(-jnp.inf, jnp.float64)
     begun = Standing(state, target, nothing, none, none, no, infinite, no, no)
     end = lax.while_loop(lambda now: ~now.done, refine, begun)
     return end.found.answer(end.state.epochs, config)
