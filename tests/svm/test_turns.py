@@ -1,12 +1,15 @@
 """Coordinates and Newton's method in turns: where one gets nowhere the other goes on, and none is given up too soon."""
 
+import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dualxda_jax import svm
+from dualxda_jax.svm import block
 
 
 @functools.partial(jax.jit, static_argnames=("num_classes", "config"))
@@ -37,6 +40,18 @@ def true_gap(solution, features, labels, cost, weights):
     primal = 0.5 * np.sum(w**2) + cost * np.sum(z.max(axis=1) - mine)
     _, dual = svm.objectives(features, labels, solution.coefficients, num_classes=w.shape[0], cost=cost)
     return (primal - dual) / primal
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_block_with_room_for_all_takes_the_least_decided():
+    features, labels = overlapping(600, 5, 3, 0, 0.5)
+    config = svm.SolverConfig(method="coordinate")
+    state = svm.init(features, labels, num_classes=3, cost=0.1, config=config)
+    lead = np.where(np.arange(600) < 550, 5.0, -1.0).astype(np.float32)
+    state = dataclasses.replace(state, lead=jnp.asarray(lead))
+    index, there = block.choose(jnp.full(600, 0.1), state, 600, config)
+    chosen = np.asarray(index)[np.asarray(there)]
+    assert set(range(550, 600)) <= set(chosen.tolist()) and len(chosen) == len(set(chosen.tolist())) < 600
 
 
 @WAYS
