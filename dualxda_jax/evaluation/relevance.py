@@ -110,8 +110,7 @@ def pixel_flipping(
     shares = np.asarray(fractions, np.float64)
     if shares.ndim != 1 or shares.size == 0 or not ((shares >= 0) & (shares <= 1)).all():
         _check.fail("fractions", fractions, "numbers in 0..1, at least one")
-    if isinstance(orders, bool) or not isinstance(orders, int | np.integer) or orders < 1:
-        _check.fail("orders", orders, "a whole number of at least 1")
+    _check.positive_integer("orders", orders)
     x, relevance = jnp.asarray(x), jnp.asarray(relevance)
     out = jax.eval_shape(score_fn, x)
     if getattr(out, "shape", None) != x.shape[:1]:

@@ -54,10 +54,8 @@ class SolverConfig:
             if not (_check.is_real(value) and value > 0):
                 _check.fail(f"config.{name}", repr(value), "positive and finite")
         for name in ("max_epochs", "chunk", "max_newton", "block"):
-            if not _check.is_whole(getattr(self, name)) or getattr(self, name) < 1:
-                _check.fail(f"config.{name}", repr(getattr(self, name)), "an integer of 1 or more")
-        if self.device_bytes is not None and not (_check.is_whole(self.device_bytes) and self.device_bytes >= 1):
-            _check.fail("config.device_bytes", repr(self.device_bytes), "an integer of 1 or more, or None")
+            _check.positive_integer(f"config.{name}", getattr(self, name))
+        _check.positive_integer("config.device_bytes", self.device_bytes, or_none=True)
         axes = (self.axis,) if self.axis is None or isinstance(self.axis, str) else self.axis
         if not isinstance(axes, tuple) or not all(a is None or isinstance(a, str) for a in axes):
             _check.fail("config.axis", repr(self.axis), "the name of a mesh axis, a tuple of names, or None")

@@ -1,6 +1,6 @@
 """A solve inside a trace: one program, with room for as many samples as may turn out to be undecided.
 
-Source: as `host`, whose turns between coordinates and Newton's method are taken here, too.
+Coordinates and Newton's method take turns as in `host`.
 """
 
 import dataclasses

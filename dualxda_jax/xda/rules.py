@@ -9,7 +9,6 @@ Source: Bach et al. 2015 (ε, αβ); Montavon et al. 2017 (z⁺, w², z-box); Mo
 """
 
 import dataclasses
-import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +22,7 @@ from dualxda_jax.types import Array
 
 def check_number(argument: str, value: Any) -> None:
     """Check that a constant of a rule is a finite Python or NumPy number, which hashes, and not negative."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) < np.inf:
+    if not (_check.is_real(value) and value >= 0):
         _check.fail(argument, repr(value), "a number, finite and not negative")
 
 
@@ -96,7 +95,7 @@ class ZBox(_Checked):
         super().__post_init__()
         for argument, bound in (("low", self.low), ("high", self.high)):
             each = bound if isinstance(bound, tuple) else (bound,)
-            if not each or not all(isinstance(b, numbers.Real) and np.isfinite(float(b)) for b in each):
+            if not each or not all(map(_check.is_real, each)):
                 _check.fail(argument, repr(bound), "a finite number, or a tuple of them")
 
 
