@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,10 @@ def _read_cache(cache: str | os.PathLike | None, name: str | None) -> list[Featu
             raise
         except checkpoint.CheckpointError:
             break  # the write that an interruption cut off; computed again
+    # Parts behind a gap go: new ones may end at other rows, as with another batch_size, and after another interruption
+    # old ones would follow them.
+    for path in sorted(Path(cache).glob("part-*"))[len(parts) :] if cache is not None else ():
+        shutil.rmtree(path)
     return parts
 
 

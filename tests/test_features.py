@@ -1,4 +1,5 @@
 import collections
+import functools
 import itertools
 
 import jax
@@ -130,3 +131,19 @@ def test_an_interrupted_extraction_goes_on(rng, tmp_path, monkeypatch):
     for arguments in stale:
         with pytest.raises(checkpoint.StaleCheckpoint):
             run(*arguments)
+
+
+def test_parts_behind_a_damaged_one_are_not_taken_for_its_followers(rng, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "_CACHE_ROWS", 8)
+    x, y = rng.normal(size=(36, 5)).astype(np.float32), np.zeros(36, int)  # labels that tell no rows apart
+    run = functools.partial(features.extract, feature_fn, PARAMS, cache=tmp_path, fingerprint="made by")
+    run([(x, y)], batch_size=6)
+    (tmp_path / "part-000001" / "manifest.json").unlink()
+
+    def interrupted():
+        yield x[:24], y[:24]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(interrupted(), batch_size=4)
+    assert np.allclose(run([(x, y)], batch_size=4).values, expected([(x, y)]), atol=1e-6)

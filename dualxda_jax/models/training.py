@@ -195,7 +195,8 @@ def fit(
         images: [n, ...] uint8 images or floats.
         labels: [n] integers.
         config: how to train; None takes `config_for(n)`.
-        checkpoint_dir: where to save after each pass over the data and to resume from.
+        checkpoint_dir: where to save after each pass over the data and to resume from; what is half-written or damaged
+            there is not used.
         progress: called with (steps done, steps in all).
 
     Returns:
@@ -344,4 +345,9 @@ def _arrays(state: TrainState) -> dict[str, Any]:
 def _resume(path: Path, state: TrainState, made_by: str) -> TrainState:
     if not path.exists():
         return state
-    return dataclasses.replace(state, **checkpoint.load(path, _arrays(state), fingerprint=made_by))
+    try:
+        return dataclasses.replace(state, **checkpoint.load(path, _arrays(state), fingerprint=made_by))
+    except checkpoint.StaleCheckpoint:
+        raise
+    except checkpoint.CheckpointError:
+        return state  # the first write, which an interruption cut off, or damage; trained again

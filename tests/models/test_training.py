@@ -92,6 +92,16 @@ def test_interrupted_and_resumed_equals_uninterrupted(stop, images, tmp_path):
         training.fit(jax.random.key(0), Tiny(), images[0], images[1][::-1], config=CONFIG, checkpoint_dir=tmp_path)
 
 
+def test_a_write_that_was_cut_off_is_no_obstacle(images, tmp_path, monkeypatch):
+    fit = functools.partial(training.fit, jax.random.key(0), Tiny(), *images, config=CONFIG)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.folder.os, "replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            fit(checkpoint_dir=tmp_path)
+    assert list((tmp_path / "latest").iterdir())
+    assert same(fit(checkpoint_dir=tmp_path), fit())
+
+
 def test_bad_input_is_named(images):
     with pytest.raises(ValueError, match="labels"):
         training.fit(jax.random.key(0), Tiny(), images[0], images[1][1:], config=CONFIG)
