@@ -15,6 +15,8 @@ LAYOUTS = (
 )
 CLASS_NAMES = "class_names.txt"
 _DIGITS = tuple(str(digit) for digit in range(10))
+_FEW_CLASSES = 1000
+"""As many may be in however few images; more classes than images are no labels but other numbers, as identifiers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,7 @@ def load_folder(folder: str | PathLike[str]) -> Dataset:
 
     Raises:
         DataError: no layout or more than one, a file of it missing or damaged, counts or shapes that differ, a label
-            without a class.
+            without a class, or labels that are no numbers of classes.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -68,9 +70,8 @@ def load_folder(folder: str | PathLike[str]) -> Dataset:
             raise bad(path, "no such file", "there, since other files of its data set are")
     layout, files = layouts.index(begun[0]), begun[0]
     train, test = (_read_idx, _read_npz, _read_npy, _read_cifar)[layout](files)
-    digits = tuple(str(c) for c in range(int(train.labels.max()) + 1))
-    names = _class_names(folder) or (_DIGITS, digits, digits, CIFAR10_CLASSES)[layout]
     label_files = (files[1], files[3]) if len(files) == 4 else (files[0], files[-1])
+    names = _class_names(folder) or (_DIGITS, None, None, CIFAR10_CLASSES)[layout] or _numbers(train, label_files[0])
     if len(names) < 2:
         raise bad(label_files[0], "labels of one class", "of two or more")
     for part, path in zip((train, test), label_files, strict=True):
@@ -129,12 +130,22 @@ def _read_cifar(files: tuple[Path, ...]) -> tuple[ImageData, ImageData]:
     return read_cifar10(files[:-1]), read_cifar10(files[-1])
 
 
+def _numbers(train: ImageData, path: Path) -> tuple[str, ...]:
+    """Names of classes that have none: one for each label up to the largest."""
+    classes, most = int(train.labels.max()) + 1, max(len(train.labels), _FEW_CLASSES)
+    if classes > most:
+        raise bad(
+            path, f"label {classes - 1}", f"below {most}: there are {len(train.labels)} images; labels count classes"
+        )
+    return tuple(map(str, range(classes)))
+
+
 def _class_names(folder: Path) -> tuple[str, ...] | None:
     path = folder / CLASS_NAMES
     if not path.exists():
         return None
     try:
-        names = tuple(line.strip() for line in read_bytes(path).decode("utf-8").splitlines() if line.strip())
+        names = tuple(line.strip() for line in read_bytes(path).decode("utf-8-sig").splitlines() if line.strip())
     except UnicodeDecodeError:
         raise bad(path, "bytes that are not UTF-8", "text, one class a line") from None
     if len(names) < 2 or len(set(names)) != len(names):

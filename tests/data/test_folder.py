@@ -126,3 +126,16 @@ def test_no_or_half_or_two_layouts(tmp_path):
     write_cifar(tmp_path)
     with pytest.raises(data.DataError, match=r"several layouts \(train-images-idx3-ubyte and data_batch_1\.bin\)"):
         data.load_folder(tmp_path)
+
+
+def test_class_names_as_an_editor_with_a_byte_order_mark_saves_them(tmp_path):
+    write_idx(tmp_path)
+    (tmp_path / "class_names.txt").write_text("\n".join(DIGITS), encoding="utf-8-sig")
+    assert data.load_folder(tmp_path).class_names == DIGITS
+
+
+def test_labels_that_are_identifiers_make_no_millions_of_classes(tmp_path):
+    for part in ("train", "test"):
+        np.savez(tmp_path / f"{part}.npz", images=np.zeros((2, 3, 3), np.uint8), labels=[0, 2**31 - 2])
+    with pytest.raises(data.DataError, match=r"train\.npz: got label 2147483646, must be below 1000"):
+        data.load_folder(tmp_path)
