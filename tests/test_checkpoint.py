@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -229,3 +230,24 @@ def test_a_fingerprint_is_the_same_in_another_process():
 def test_the_manifest_is_plain_json(tmp_path):
     checkpoint.save(tmp_path / "x", make_tree(), fingerprint="abc")
     assert json.loads((tmp_path / "x" / "manifest.json").read_text())["fingerprint"] == "abc"
+
+
+def test_a_full_disk_is_one_line_and_no_obstacle_later(tmp_path, monkeypatch, caplog):
+    path = tmp_path / "x"
+    with monkeypatch.context() as patch:
+        usage = checkpoint.folder.shutil.disk_usage(tmp_path)
+        patch.setattr(checkpoint.folder.shutil, "disk_usage", lambda path: usage._replace(free=11))
+        with pytest.raises(checkpoint.CheckpointError, match="no space, its arrays take 12 bytes and 11 are free"):
+            checkpoint.save(path, {"a": jnp.ones(3)})
+
+    class Full:
+        def save(self, *arguments):
+            raise ValueError("RESOURCE_EXHAUSTED: No space left on device\nsource locations")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.folder, "_checkpointer", lambda: contextlib.nullcontext(Full()))
+        with pytest.raises(checkpoint.CheckpointError, match="No space left on device") as raised:
+            checkpoint.save(path, {"a": jnp.ones(3)}, overwrite=True)
+    assert str(path) in str(raised.value) and "\n" not in str(raised.value)
+    checkpoint.save(path, {"a": jnp.ones(3)}, overwrite=True)
+    assert checkpoint.load(path)["a"].all()

@@ -38,7 +38,8 @@ def save(path: str | os.PathLike, tree: Any, *, fingerprint: str | None = None, 
         overwrite: replace a checkpoint that is at `path`; it stays whole until the new one is complete.
 
     Raises:
-        CheckpointError: there is something at `path` already, or a leaf that cannot be stored.
+        CheckpointError: there is something at `path` already, a leaf that cannot be stored, or arrays that cannot be
+            written, as on a full disk.
     """
     folder = Path(path)
     _refuse_foreign(folder, overwrite)
@@ -49,8 +50,7 @@ def save(path: str | os.PathLike, tree: Any, *, fingerprint: str | None = None, 
     # Orbax stores no arrays of size zero; those are in the manifest alone.
     stored = {str(i): a for i, a in enumerate(arrays) if a.size}
     if stored:
-        with _checkpointer() as orbax:
-            orbax.save((folder / place).absolute(), stored)
+        _write(folder / place, stored)
     manifest = {
         "format": _FORMAT,
         "fingerprint": fingerprint,
@@ -93,8 +93,25 @@ def load(path: str | os.PathLike, like: Any = None, *, fingerprint: str | None =
     except CheckpointError:
         raise
     except Exception as error:  # a manifest without a checksum may say anything
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-        raise CheckpointError(f"{folder}: cannot be read as its {_MANIFEST} says ({reason})") from error
+        raise CheckpointError(f"{folder}: cannot be read as its {_MANIFEST} says ({_reason(error)})") from error
+
+
+def _write(place: Path, stored: dict[str, np.ndarray]) -> None:
+    # Asked first: on a full disk, TensorStore's threads print a traceback for each of its writes.
+    needed, free = sum(a.nbytes for a in stored.values()), shutil.disk_usage(place.parent).free
+    if needed > free:
+        raise CheckpointError(f"{place.parent}: no space, its arrays take {needed:,} bytes and {free:,} are free")
+    try:
+        with _checkpointer() as orbax:
+            orbax.save(place.absolute(), stored)
+    except OSError:
+        raise
+    except Exception as error:  # Orbax and TensorStore raise whatever the file systems raise
+        raise CheckpointError(f"{place.parent}: its arrays cannot be written ({_reason(error)})") from None
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:120]
 
 
 def _loaded(folder: Path, manifest: dict[str, Any], like: Any, fingerprint: str | None) -> Any:
@@ -181,18 +198,17 @@ def _read(place: Path, wanted: list[int]) -> dict[int, np.ndarray]:
             restored = orbax.restore(place.absolute(), restore_args=as_numpy)
         return {i: np.asarray(restored[str(i)]) for i in wanted}
     except Exception as error:  # Orbax and TensorStore raise whatever the file systems and the codecs raise
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-        raise CheckpointError(f"{place.parent}: damaged, its arrays cannot be read ({reason})") from None
+        raise CheckpointError(f"{place.parent}: damaged, its arrays cannot be read ({_reason(error)})") from None
 
 
 @contextlib.contextmanager
 def _checkpointer() -> Iterator[Any]:
-    """Orbax, without its lines of log for every array."""
+    """Orbax, without its lines of log for every array, and for errors, which it raises as well."""
     import orbax.checkpoint as ocp
 
     logger = logging.getLogger("absl")
     level = logger.level
-    logger.setLevel(max(logging.WARNING, level))
+    logger.setLevel(max(logging.CRITICAL, level))
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             yield checkpointer
