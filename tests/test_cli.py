@@ -20,6 +20,13 @@ from dualxda_jax import __version__, cli, pipeline
         (["demo", "--network", "vgg"], "--network"),
         (["demo", "--no-such-option", "1"], "no-such-option"),
         (["demo", "--data", "/no/such/folder"], "/no/such/folder"),
+        (["demo", "--network", "vgg"], "'resnet-18'"),  # which an 80 columns wide terminal has on another line
+        (["demo", "--cost", "9" * 90 + "x"], "9x'"),
+        (["attribute"], "Missing from dualxda attribute: images [INT [INT ...]] (dualxda --help)"),
+        (["attribute", "--images", "9" * 20], "images: got 99999999999999999999, must be"),
+        (["bench", "--seed", "-1"], "seed: got -1, must be in 0..4294967295"),
+        (["bench", "--seed", "9" * 20], "seed: got 99999999999999999999, must be in 0..4294967295"),
+        (["bench", "--samples", str(10**13)], "Unable to allocate"),
     ],
 )
 def test_a_mistake_is_one_line_and_a_non_zero_exit(arguments, message, capsys, tmp_path, monkeypatch):

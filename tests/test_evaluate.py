@@ -211,6 +211,15 @@ def test_data_that_a_metric_cannot_take_are_refused_before_any_work(
     assert {name: (out / name).read_text() for name in left} == left
 
 
+def test_images_that_the_mark_is_not_the_brightest_of_are_refused(tmp_path, capsys):
+    for name in ("train", "test"):
+        images = np.linspace(0, 255, 12 * 12 * 12).reshape(12, 12, 12, 1)
+        np.savez(tmp_path / f"{name}.npz", images=images, labels=np.arange(12) % 4)
+    asked = ["--metrics", "shortcut", "--methods", "similarity", "--out", str(tmp_path / "out")]
+    assert cli.main(["evaluate", "--data", str(tmp_path), *asked]) == 1
+    assert "data: got training images with values in 0..255, must be in 0..1, or uint8" in capsys.readouterr().err
+
+
 def test_a_folder_where_another_run_is_at_work_is_refused(tmp_path, capsys):
     with pipeline.store.claimed(tmp_path):
         for command in (["evaluate"], ["demo"], ["attribute", "--images", "0"]):

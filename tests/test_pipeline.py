@@ -118,6 +118,45 @@ def test_fewer_training_images_than_places_are_enough(tmp_path):
     values = json.loads((tmp_path / "summary.json").read_text())["values"]
     assert values["class_detection"] in (0.0, 1.0)
     assert "of the 1 top samples" in (tmp_path / "index.html").read_text()
+    # Correlations over one prediction are not defined, and nan is no JSON.
+    assert values["matthews"] is None and "NaN" not in (tmp_path / "summary.json").read_text()
+
+
+def test_a_network_that_cannot_be_kept_is_not_trained_twice(tmp_path, monkeypatch):
+    config = pipeline.DemoConfig(out=tmp_path, limit=30)
+    save, steps = checkpoint.save, []
+
+    def full(path, *arguments, **options):
+        if path.name == "train-network":
+            raise checkpoint.CheckpointError("no space")
+        save(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", full)
+        with pytest.raises(checkpoint.CheckpointError, match="no space"):
+            pipeline.fit(config)
+    monkeypatch.setattr(stages.models.training, "_donating_step", lambda *a: steps.append(a))
+    pipeline.fit(config)
+    assert not steps
+    assert not list((tmp_path / "stages").glob("training-*"))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.full((4, 8, 8, 1), 200.0), "data: got training images with values in 200..200, must be in 0..1"),
+        (np.full((4, 8, 8, 4), 200, np.uint8), "data: got training images with 4 channels, must be 1 or 3"),
+    ],
+)
+def test_images_that_cannot_be_explained_are_refused_before_any_work(images, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "train", lambda *a, **k: pytest.fail("trained"))
+    for part in ("train", "test"):
+        np.savez(tmp_path / f"{part}.npz", images=images, labels=[0, 1, 0, 1])
+    config = pipeline.DemoConfig(data=tmp_path, out=tmp_path / "out")
+    for command in (pipeline.run, lambda config: pipeline.explain(config, [0])):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            command(config)
+    assert not config.out.exists()
 
 
 def test_queries_are_spread_over_the_classes():

@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import io
+import itertools
+import operator
 import sys
 from collections.abc import Callable, Sequence
 
@@ -27,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dualxda: interrupted; finished stages are kept and the next run goes on from there", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, OverflowError, MemoryError) as error:
         print(f"dualxda: {_one_line(error)}", file=sys.stderr)
         return 1
     return 0
@@ -57,11 +59,12 @@ def _parse(arguments: Sequence[str]) -> Callable[[], None]:
         if not stop.code:
             raise
         # tyro draws a box or rules around a title, then says what is wrong.
-        lines = [line.strip(" │╭╮╰╯─-") for line in complaints.getvalue().splitlines()]
-        said = [line for line in lines if line][1:]
-        # What is missing stands in the lines below "Missing from COMMAND:".
-        said[:1] = [" ".join(said[:2])] if said and said[0].endswith(":") else said[:1]
-        raise ValueError((said[0] if said else "wrong arguments") + " (dualxda --help)") from None
+        lines = [line.strip(" │╭╮╰╯─-") for line in complaints.getvalue().strip().splitlines()]
+        # As many lines as the terminal's width makes of it, up to a rule.
+        said = list(itertools.takewhile(bool, itertools.dropwhile(operator.not_, lines[1:])))
+        # What is missing stands in the line below "Missing from COMMAND:", and more about it in those that follow.
+        said = said[:2] if said and said[0].endswith(":") else said
+        raise ValueError((" ".join(said) or "wrong arguments") + " (dualxda --help)") from None
 
 
 def _one_line(error: Exception) -> str:

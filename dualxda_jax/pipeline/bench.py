@@ -37,12 +37,14 @@ def bench(
         "rows": [name, first seconds, median seconds, what of], "support_vectors", "gap", "converged", "environment".
 
     Raises:
-        ValueError: a size below 1 (classes: 2), or a cost that `svm.solve` refuses.
+        ValueError: a size below 1 (classes: 2), a seed outside 0..2³² - 1, or a cost that `svm.solve` refuses.
     """
     sizes = {"samples": samples, "dim": dim, "classes": classes - 1, "queries": queries, "repeats": repeats}
     for name, value in sizes.items():
         if value < 1:
             fail(name, value + (name == "classes"), "2 or more" if name == "classes" else "1 or more")
+    if not 0 <= seed < 2**32:
+        fail("seed", seed, "in 0..4294967295")
     track = track or store.silent
     values, labels, asked, targets = synthetic(samples, dim, classes, queries, seed)
     rows: list[list[Any]] = []

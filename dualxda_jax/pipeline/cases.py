@@ -11,6 +11,7 @@ from dualxda_jax import baselines, checkpoint, data, models
 from dualxda_jax._check import fail
 from dualxda_jax._version import __version__
 from dualxda_jax.models import training
+from dualxda_jax.pipeline import stages
 from dualxda_jax.pipeline.lineup import EvaluateConfig
 from dualxda_jax.types import ImageData, Progress
 
@@ -93,7 +94,8 @@ def check(name: str, dataset: data.Dataset, config: EvaluateConfig) -> None:
         config: the sizes.
 
     Raises:
-        ValueError: too few classes or training images for it, images too small for the mark.
+        ValueError: too few classes or training images for it, images too small for the mark or with values that
+            it is not the brightest of.
     """
     k, n = len(dataset.class_names), _samples(name, dataset, config)
     wanted = [m for m in METRICS_OF[name] if m in config.chosen_metrics] or METRICS_OF[name]
@@ -107,6 +109,8 @@ def check(name: str, dataset: data.Dataset, config: EvaluateConfig) -> None:
         fail("data", f"{n} training images", f"more for the metric 'pruning', which takes away {most:.0%} of them")
     if name == "marked":
         data.mark(dataset.test.images[:1])
+        stages.check_unit("training", dataset.train.images)  # the mark is as bright as can be where that is 1
+        stages.check_unit("test", dataset.test.images)
 
 
 def _samples(name: str, dataset: data.Dataset, config: EvaluateConfig) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -145,10 +146,14 @@ def write_summary(
     dataset: str,
     stages: Sequence[report.Stage],
 ) -> None:
-    """The report's numbers for programs: JSON with the dataset, options, values, stages (seconds) and environment."""
+    """The report's numbers for programs: JSON with the dataset, options, values, stages (seconds) and environment.
+
+    A value that is not defined, as a correlation over test images of one class, is null: JSON has no nan.
+    """
     info = solution.info
-    numbers = {name: float(value) for name, value in values.items()}
-    numbers |= {"gap": float(info.gap), "conservation": conservation(pairs)}
+    found = {name: float(value) for name, value in values.items()}
+    found |= {"gap": float(info.gap), "conservation": conservation(pairs)}
+    numbers = {name: value if math.isfinite(value) else None for name, value in found.items()}
     summary = {
         "dataset": dataset,
         "options": {name: value for name, value in dataclasses.asdict(config).items() if name not in ("data", "out")},
@@ -158,4 +163,12 @@ def write_summary(
         "stages": [dataclasses.asdict(stage) for stage in stages],
         "environment": environment(config),
     }
-    path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_json(path, summary)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> Path:
+    """Write a file in one step: if it is there, it is whole."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return path

@@ -26,7 +26,7 @@ def run(config: DemoConfig, *, track: store.Track | None = None) -> Path:
         Path of the report's HTML page.
 
     Raises:
-        ValueError: data that cannot be read, another run at work in the folder.
+        ValueError: data that cannot be read or drawn, another run at work in the folder.
         OSError: the folder of the report cannot be made.
     """
     # Better now than after the training.
@@ -36,7 +36,7 @@ def run(config: DemoConfig, *, track: store.Track | None = None) -> Path:
 
 
 def _run(config: DemoConfig, track: store.Track | None) -> Path:
-    made = surrogate(config, track=track)
+    made = surrogate(config, track=track, check=stages.check_drawable)
     dataset, model, params, train, test = made.dataset, made.model, made.params, made.train, made.test
     solution, support, stage, log = made.solution, made.support, made.stage, made.log
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -50,7 +49,7 @@ def fit(config: DemoConfig, *, track: store.Track | None = None) -> Path:
     network = stages.network_logits(made.model, made.params, made.test.values).argmax(axis=1)
     ours = np.asarray(attribution.logits(made.support, made.test.values)).argmax(axis=1)
     labels, info = np.asarray(made.test.labels), made.solution.info
-    return _write(
+    return content.write_json(
         config.out / "surrogate.json",
         {
             "dataset": made.dataset.name,
@@ -105,7 +104,7 @@ def attribute(config: DemoConfig, images: Sequence[int], *, track: store.Track |
                 **sides,
             }
         )
-    return _write(
+    return content.write_json(
         config.out / "attributions.json",
         {"dataset": made.dataset.name, "cost": config.cost, "support_vectors": len(made.support.index),
          "converged": bool(made.solution.info.converged), "queries": entries},
@@ -125,13 +124,18 @@ def explain(config: DemoConfig, images: Sequence[int], *, track: store.Track | N
         Paths of the pictures, query-INDEX.png.
 
     Raises:
-        ValueError: data that cannot be read, no such test image, another run at work in the folder.
+        ValueError: data that cannot be read or drawn, no such test image, another run at work in the folder.
         ImportError: Matplotlib is missing; the message names the extra.
         OSError: the folder cannot be made.
     """
     report.need_libraries()
     chosen = _chosen(images)
-    made = surrogate(config, track=track, check=functools.partial(_check_range, chosen))
+
+    def check(dataset: data.Dataset) -> None:
+        _check_range(chosen, dataset)
+        stages.check_drawable(dataset)
+
+    made = surrogate(config, track=track, check=check)
     found = _find(made, config, chosen)
     made_by = checkpoint.fingerprint(
         __version__, made.params, made.support, stages.COMPOSITE, made.dataset.test.images[found["queries"]], found
@@ -150,12 +154,14 @@ def explain(config: DemoConfig, images: Sequence[int], *, track: store.Track | N
 
 def _chosen(images: Sequence[int]) -> np.ndarray:
     """The places in ascending order, after what can be refused before anything is read."""
-    chosen = np.unique(np.asarray(images, np.int64))
-    if not chosen.size:
+    if not len(images):
         fail("images", "none", "one or more places in the test set")
-    if chosen[0] < 0:
-        fail("images", int(chosen[0]), "0 or more, places in the test set")
-    return chosen
+    if min(images) < 0:
+        fail("images", min(images), "0 or more, places in the test set")
+    most = np.iinfo(np.int64).max
+    if max(images) > most:
+        fail("images", max(images), f"{most} or less, places in the test set")
+    return np.unique(np.asarray(images, np.int64))
 
 
 def _check_range(chosen: np.ndarray, dataset: data.Dataset) -> None:
@@ -168,10 +174,3 @@ def _check_range(chosen: np.ndarray, dataset: data.Dataset) -> None:
 def _find(made: Surrogate, config: DemoConfig, chosen: np.ndarray) -> dict[str, Any]:
     config = dataclasses.replace(config, each_way=min(config.each_way, len(made.support.index)))
     return stages.find(made.model, made.params, made.support, made.test, config, chosen)
-
-
-def _write(path: Path, value: dict[str, Any]) -> Path:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
-    return path

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dualxda_jax import attribution, data, evaluation, features, models, svm, xda
+from dualxda_jax._check import fail
 from dualxda_jax.pipeline.config import DemoConfig
 from dualxda_jax.types import (
     Array,
@@ -43,16 +43,34 @@ def read(config: DemoConfig) -> data.Dataset:
     return dataclasses.replace(dataset, train=train, test=test)
 
 
+def check_drawable(dataset: data.Dataset) -> None:
+    """Refuse, before any work, images that relevance would be wrong for and that a figure cannot show.
+
+    Raises:
+        ValueError: values outside 0..1, which the rule of the first layer relies on, or neither 1 nor 3 channels.
+    """
+    for name, part in (("training", dataset.train), ("test", dataset.test)):
+        channels = part.images.shape[-1]
+        if channels not in (1, 3):
+            fail("data", f"{name} images with {channels} channels", "1 or 3")
+        check_unit(name, part.images)
+
+
+def check_unit(name: str, images: np.ndarray) -> None:
+    """Refuse images whose values are not in 0..1; uint8 ones become so."""
+    if images.dtype != np.uint8 and not (images.min() >= -1e-6 and images.max() <= 1 + 1e-6):
+        fail("data", f"{name} images with values in {images.min():g}..{images.max():g}", "in 0..1, or uint8")
+
+
 def train(
     config: DemoConfig, module: Any, images: ImageData, settings: models.training.TrainConfig, folder: Path,
     progress: Progress,
 ) -> Params:  # fmt: skip
-    """The network's parameters; interrupted, it goes on from the last pass that `folder` holds."""
+    """The network's parameters; interrupted, it goes on from the last pass that `folder` holds and leaves there."""
     key = jax.random.key(config.seed)
     state = models.training.fit(
         key, module, images.images, images.labels, config=settings, checkpoint_dir=folder, progress=progress
     )
-    shutil.rmtree(folder)
     return state.variables
 
 

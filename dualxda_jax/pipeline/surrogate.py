@@ -1,6 +1,7 @@
 """From images to a fitted surrogate: the stages that every command on it shares, and reuses."""
 
 import functools
+import shutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -67,6 +68,8 @@ def surrogate(
     params = stage(
         "train network", lambda p: stages.train(config, module, dataset.train, settings, unfinished, p), made_by
     )
+    # Only now that the result is kept: it may not be, as on a full disk.
+    shutil.rmtree(unfinished, ignore_errors=True)
     model = models.from_linen(module, head=models.HEAD)
 
     made_by = checkpoint.fingerprint(__version__, params, dataset.train, dataset.test)
