@@ -1,5 +1,6 @@
 """Running any method: fits that resume, scores of many queries, the best samples without the whole matrix."""
 
+import errno
 import functools
 import os
 import re
@@ -86,11 +87,14 @@ def scores_to(
     Raises:
         ValueError: what the method's `scores` refuses; a score that is not finite, naming the first query; an `out`
             that is no .npy file, or in a folder that is not there.
+        OSError: the disk has no space for `out`.
     """
     if out is not None and not os.fspath(out).endswith(".npy"):
         _check.fail("out", repr(os.fspath(out)), "the path of a .npy file")
     if out is not None and not Path(out).parent.is_dir():
         _check.fail("out", repr(os.fspath(out)), "in a folder that is there")
+    if out is not None and Path(out).is_dir():
+        _check.fail("out", f"the folder {os.fspath(out)!r}", "the path of a .npy file")
     blocks = _blocks(method.scores, fitted, x, targets, chunk)
     result: Any = None
     partial = None if out is None else Path(os.fspath(out) + ".partial")
@@ -102,11 +106,7 @@ def scores_to(
             _check.fail("scores", f"NaN or Inf for query {start + int(bad[0])}", "finite")
         if result is None:
             shape, dtype = (q, values.shape[1]), values.dtype
-            result = (
-                np.empty(shape, dtype)
-                if partial is None
-                else np.lib.format.open_memmap(partial, mode="w+", dtype=dtype, shape=shape)
-            )
+            result = np.empty(shape, dtype) if partial is None else _mapped(partial, shape, dtype)
         result[start : start + len(values)] = values
         if progress is not None:
             progress(start + len(values), q)
@@ -116,6 +116,21 @@ def scores_to(
     del result
     os.replace(partial, os.fspath(out))  # type: ignore[arg-type]
     return np.load(os.fspath(out), mmap_mode="r")  # type: ignore[arg-type]
+
+
+def _mapped(path: Path, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """A new .npy file, memory-mapped, whose space on the disk is its own: a write without space ends the process."""
+    found = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        try:
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                path.unlink()
+                raise
+            # A file system that cannot promise space.
+    return found
 
 
 def top_k(method: Method, fitted: Any, x: Any, targets: Any, *, k: int, largest: bool = True, chunk: int = 128) -> TopK:

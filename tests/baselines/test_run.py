@@ -1,7 +1,9 @@
 """Fits that resume, scores to a file, the best samples, samples over a mesh, and bad input."""
 
 import dataclasses
+import errno
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -274,6 +276,26 @@ def test_a_path_for_scores_that_cannot_be_is_named(fitted, tiny, tmp_path, monke
     with pytest.raises(ValueError, match=r"^out: got 'no/such/dir/s\.npy', must be in a folder that is there$"):
         baselines.scores_to(method, fit, *tiny[1:], "no/such/dir/s.npy")
     assert baselines.scores_to(method, fit, *tiny[1:], "s.npy").shape == (6, 96)
+    (tmp_path / "folder.npy").mkdir()
+    with pytest.raises(ValueError, match=r"^out: got the folder 'folder\.npy', must be the path of a \.npy file$"):
+        baselines.scores_to(method, fit, *tiny[1:], "folder.npy")
+
+
+def test_scores_beyond_the_space_of_a_disk_are_an_error_and_not_a_crash(fitted, tiny, tmp_path, monkeypatch):
+    """What is written through a memory map onto a full disk ends the process with SIGBUS."""
+    if not hasattr(os, "posix_fallocate"):
+        pytest.skip("space cannot be asked for here")
+
+    def full(file, start, size):
+        raise OSError(errno.ENOSPC, f"No space left on device for {size} bytes")
+
+    method, fit, _ = fitted
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(OSError, match=f"for {128 + 6 * 96 * 4} bytes"):
+            baselines.scores_to(method, fit, *tiny[1:], tmp_path / "s.npy")
+    assert not list(tmp_path.iterdir())
+    assert baselines.scores_to(method, fit, *tiny[1:], tmp_path / "s.npy").shape == (6, 96)
 
 
 def test_a_query_that_is_not_finite_is_named(fitted, tiny):
