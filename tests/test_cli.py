@@ -61,7 +61,20 @@ def test_fit_attribute_and_explain_are_steps_on_the_same_stages(fitted, capsys, 
     assert best >= other > 0 and all(sample["score"] < 0 for sample in first["opponents"])
     assert first["proponents"][0]["label"] == first["predicted"]
     assert cli.main(["explain", *same, "--each-way", "1", "--images", "3"]) == 0
-    assert (fitted / "query-3.png").read_bytes().startswith(b"\x89PNG")
+    assert (fitted / "explained-3.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_report_leaves_the_pictures_of_explain_alone(fitted, monkeypatch):
+    """Its own pictures are counted, those of explain named after the test image; they share a folder."""
+    same = ["--limit", "150", "--out", str(fitted)]
+    assert cli.main(["demo", *same]) == 0
+    before = {path.name: path.read_bytes() for path in fitted.glob("*.png")}
+    assert "query-10.png" in before
+    assert cli.main(["explain", *same, "--each-way", "1", "--images", "10", "149"]) == 0
+    explained = {path.name: path.read_bytes() for path in fitted.glob("*.png") if path.name not in before}
+    assert len(explained) == 2
+    assert cli.main(["demo", *same]) == 0
+    assert {path.name: path.read_bytes() for path in fitted.glob("*.png")} == before | explained
 
 
 @pytest.mark.parametrize(

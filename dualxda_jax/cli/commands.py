@@ -158,7 +158,7 @@ def explain(
     Args:
         images: places in the test set.
         data: as for demo.
-        out: folder of the pictures, query-INDEX.png; stages that fit or demo left there are reused.
+        out: folder of the pictures, explained-INDEX.png; stages that fit or demo left there are reused.
         cost: as for demo.
         limit: as for demo.
         seed: as for demo.

@@ -121,7 +121,7 @@ def explain(config: DemoConfig, images: Sequence[int], *, track: store.Track | N
         track: shows the progress of a stage; None shows nothing.
 
     Returns:
-        Paths of the pictures, query-INDEX.png.
+        Paths of the pictures, explained-INDEX.png; query-NN.png are those of a report, where NN counts them.
 
     Raises:
         ValueError: data that cannot be read or drawn, no such test image, another run at work in the folder.
@@ -146,7 +146,7 @@ def explain(config: DemoConfig, images: Sequence[int], *, track: store.Track | N
     )  # fmt: skip
     paths = []
     for query in content.queries(made.dataset, found, maps):
-        path = config.out / f"query-{query.index}.png"
+        path = config.out / f"explained-{query.index}.png"
         path.write_bytes(report.query_figure(query, made.dataset.class_names).png)
         paths.append(path)
     return paths

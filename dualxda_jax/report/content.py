@@ -5,6 +5,7 @@ summed over channels when drawn. Arrays may be NumPy's or JAX's.
 """
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -121,23 +122,41 @@ def check(report: Report) -> None:
     """Check all that drawing relies on.
 
     Raises:
-        ValueError: an image or map of a wrong shape, out of range or not finite; a label without a class name. The
-            message names the place, as "queries[3].proponents[0].train_map".
+        ValueError: an image or map of a wrong shape, out of range or not finite; a label without a class name; a name
+            that is no text. The message names the place, as "queries[3].proponents[0].train_map".
     """
+    check_names(report.class_names)
     for i, query in enumerate(report.queries):
-        place = f"queries[{i}]"
-        _labels(place, query, ("label", "target"), report.class_names)
-        _image(f"{place}.image", query.image)
-        _map(f"{place}.heatmap", query.heatmap, query.image)
-        _finite(f"{place}.surrogate_logit", query.surrogate_logit)
-        for group in ("proponents", "opponents"):
-            for j, pair in enumerate(getattr(query, group)):
-                _pair(f"{place}.{group}[{j}]", pair, query, report.class_names)
+        check_query(f"queries[{i}]", query, report.class_names)
     for i, suspect in enumerate(report.suspects):
         place = f"suspects[{i}]"
         _labels(place, suspect, ("label", "predicted"), report.class_names)
         _image(f"{place}.image", suspect.image)
-        _finite(f"{place}.self_influence", suspect.self_influence)
+        _number(f"{place}.self_influence", suspect.self_influence)
+
+
+def check_names(class_names: Sequence[str]) -> None:
+    """Check that classes have names that can be written.
+
+    Raises:
+        ValueError: one that is no text, or not in Unicode.
+    """
+    for c, name in enumerate(class_names):
+        if not isinstance(name, str):
+            _check.fail(f"class_names[{c}]", f"a {type(name).__name__}", "text")
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
+            _check.fail(f"class_names[{c}]", ascii(name), "text without halves of characters (surrogates)")
+
+
+def check_query(place: str, query: Query, class_names: Sequence[str]) -> None:
+    """Check a query as `check` does; `place` is what messages call it."""
+    _labels(place, query, ("label", "target"), class_names)
+    _image(f"{place}.image", query.image)
+    _map(f"{place}.heatmap", query.heatmap, query.image)
+    _number(f"{place}.surrogate_logit", query.surrogate_logit)
+    for group in ("proponents", "opponents"):
+        for j, pair in enumerate(getattr(query, group)):
+            _pair(f"{place}.{group}[{j}]", pair, query, class_names)
 
 
 def _pair(place: str, pair: Pair, query: Query, class_names: Sequence[str]) -> None:
@@ -145,13 +164,17 @@ def _pair(place: str, pair: Pair, query: Query, class_names: Sequence[str]) -> N
     _image(f"{place}.image", pair.image)
     _map(f"{place}.test_map", pair.test_map, query.image)
     _map(f"{place}.train_map", pair.train_map, pair.image)
-    _finite(f"{place}.score", pair.score)
+    _number(f"{place}.score", pair.score)
 
 
 def _labels(place: str, item: Any, fields: Sequence[str], class_names: Sequence[str]) -> None:
     for field in fields:
         value = getattr(item, field)
-        if not 0 <= value < len(class_names):
+        try:
+            known = 0 <= operator.index(value) < len(class_names)
+        except TypeError:  # no integer
+            known = False
+        if not known:
             _check.fail(
                 f"{place}.{field}", value, f"in 0..{len(class_names) - 1}, there are {len(class_names)} class names"
             )
@@ -172,6 +195,12 @@ def _map(place: str, relevance: Any, image: Any) -> None:
     if len(shape) != 3 or shape[:2] != expected:
         _check.fail(place, f"shape {shape}", f"[{expected[0]}, {expected[1]}, c] like its image")
     _finite(place, relevance)
+
+
+def _number(place: str, value: Any) -> None:
+    if np.ndim(value):
+        _check.fail(place, f"shape {np.shape(value)}", "a number")
+    _finite(place, value)
 
 
 def _finite(place: str, values: Any) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dualxda_jax._check import fail
 from dualxda_jax.report import charts
 from dualxda_jax.report.figures import Figure
 from dualxda_jax.report.page import embedded, need_libraries
@@ -17,6 +18,10 @@ _SETTINGS = {
     "noisy": ("data with 30% of the labels flipped", ("mislabel",)),
     "part": ("a part, to be retrained on", ("lds", "coreset", "pruning")),
 }
+_PARTS = (
+    "metrics", "methods", "curves", "lds", "selection", "sparsity", "dataset", "options", "sizes", "accuracy",
+    "seconds", "reused", "stages", "environment", "definitions",
+)  # fmt: skip
 _RUNTIME = "runtime.png"
 _FIGURES = (
     ("selection.png", charts.selection_figure, "Coreset selection and data pruning",
@@ -47,9 +52,15 @@ def write_evaluation(folder: str | os.PathLike[str], results: dict[str, Any]) ->
 
     Raises:
         ImportError: Matplotlib or Jinja2 is missing; the message names the extra.
+        ValueError: something else than results.
         OSError: the folder cannot be written.
     """
     need_libraries()
+    if not isinstance(results, dict):
+        fail("results", f"a {type(results).__name__}", "a dict, as in results.json")
+    missing = [name for name in _PARTS if name not in results]
+    if missing:
+        fail("results", f"no {missing[0]!r}", f"with {', '.join(_PARTS)}, as in results.json")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     drawn: dict[str, Figure | None] = {_RUNTIME: charts.runtime_figure(results)}

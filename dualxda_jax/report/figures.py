@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from dualxda_jax._check import fail
 from dualxda_jax.report.canvas import AGAINST, FOR, INK, MUTED, Sheet, colours, flat, pixels, symmetric_limit
-from dualxda_jax.report.content import Pair, Query, Suspect
+from dualxda_jax.report.content import Pair, Query, Suspect, check_names, check_query
 
 _TILE = 112
 """A multiple of 28 and of 32 device pixels: the pixels of MNIST and CIFAR stay squares."""
@@ -45,9 +46,16 @@ def query_figure(query: Query, class_names: Sequence[str], *, slots: tuple[int, 
         class_names: one a class.
         slots: columns for proponents and opponents, so that the figures of one page align; None takes as
             many as there are.
+
+    Raises:
+        ValueError: an image, a map or a label that cannot be shown, as in a report; fewer slots than pairs.
     """
+    check_names(class_names)
+    check_query("query", query, class_names)
     counts = (len(query.proponents), len(query.opponents))
     slots = slots or (max(counts[0], 1), max(counts[1], 1))
+    if slots[0] < max(counts[0], 1) or slots[1] < max(counts[1], 1):
+        fail("slots", slots, f"at least {max(counts[0], 1)} and {max(counts[1], 1)}, one a pair")
     rows = [64 + row * (_TILE + _GAP) for row in range(3)]
     left, first = 34, 34 + _TILE + 36
     second = first + _span(slots[0]) + 30

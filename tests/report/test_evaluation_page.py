@@ -113,3 +113,10 @@ def test_removing_a_page_takes_its_figures_and_nothing_else(tmp_path):
 )
 def test_megabytes(count, words):
     assert megabytes(count) == words
+
+
+@pytest.mark.parametrize("given", [None, [], {}, {"metrics": {}}])
+def test_what_is_no_result_is_named(tmp_path, given):
+    with pytest.raises(ValueError, match="results: got"):
+        report.write_evaluation(tmp_path / "out", given)
+    assert not (tmp_path / "out").exists()

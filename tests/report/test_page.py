@@ -184,6 +184,14 @@ def test_jax_arrays_are_taken(tmp_path, rng):
         ("queries[0].image", lambda q: {"image": np.full_like(q.image, np.nan)}),
         ("queries[0].heatmap", lambda q: {"heatmap": np.full_like(q.image, np.nan)}),
         ("queries[0].target", lambda q: {"target": 3}),
+        ("queries[0].target", lambda q: {"target": 1.5}),
+        ("queries[0].label", lambda q: {"label": None}),
+        ("queries[0].label", lambda q: {"label": -1}),
+        ("queries[0].surrogate_logit", lambda q: {"surrogate_logit": np.ones(2)}),
+        (
+            "queries[0].opponents[0].score",
+            lambda q: {"opponents": (dataclasses.replace(q.opponents[0], score=np.ones(1)),)},
+        ),
         ("queries[0].surrogate_logit", lambda q: {"surrogate_logit": float("inf")}),
         (
             "queries[0].proponents[1].train_map",
@@ -199,6 +207,22 @@ def test_bad_content_is_named(tmp_path, rng, place, change):
     with pytest.raises(ValueError, match=re.escape(place) + ": got"):
         room.write(tmp_path / "out", dataclasses.replace(full(rng), queries=(bad,)))
     assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=re.escape(place.replace("queries[0]", "query")) + ": got"):
+        room.query_figure(bad, full(rng).class_names)
+
+
+@pytest.mark.parametrize("name", [7, None, "\ud800"])
+def test_class_names_that_cannot_be_written_are_named(tmp_path, rng, name):
+    names = (*full(rng).class_names[:1], name, *full(rng).class_names[2:])
+    with pytest.raises(ValueError, match=re.escape("class_names[1]: got")):
+        room.write(tmp_path / "out", dataclasses.replace(full(rng), class_names=names))
+    with pytest.raises(ValueError, match=re.escape("class_names[1]: got")):
+        room.query_figure(query(rng), names)
+
+
+def test_a_figure_with_fewer_slots_than_pairs_is_refused(rng):
+    with pytest.raises(ValueError, match="slots: got"):
+        room.query_figure(query(rng, proponents=3), full(rng).class_names, slots=(2, 2))
 
 
 @pytest.mark.parametrize("module", ["matplotlib", "jinja2"])
