@@ -195,8 +195,7 @@ def fit(
         images: [n, ...] uint8 images or floats.
         labels: [n] integers.
         config: how to train; None takes `config_for(n)`.
-        checkpoint_dir: where to save after each pass over the data and to resume from; what is half-written or damaged
-            there is not used.
+        checkpoint_dir: where to save after each pass over the data and to resume from, unless half-written or damaged.
         progress: called with (steps done, steps in all).
 
     Returns:
@@ -343,11 +342,9 @@ def _arrays(state: TrainState) -> dict[str, Any]:
 
 
 def _resume(path: Path, state: TrainState, made_by: str) -> TrainState:
-    if not path.exists():
-        return state
     try:
         return dataclasses.replace(state, **checkpoint.load(path, _arrays(state), fingerprint=made_by))
     except checkpoint.StaleCheckpoint:
         raise
     except checkpoint.CheckpointError:
-        return state  # the first write, which an interruption cut off, or damage; trained again
+        return state  # nothing there, the first write, which an interruption cut off, or damage
