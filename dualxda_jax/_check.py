@@ -79,6 +79,18 @@ def positive_integer(argument: str, value: Any, *, or_none: bool = False) -> Non
         fail(argument, value, "an integer, 1 or more" + (", or None" if or_none else ""))
 
 
+def floating_name(argument: str, dtype: Any) -> str:
+    """Name of a floating type, which may be given in any way that NumPy takes."""
+    must = "float32, bfloat16 or another floating type"
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        fail(argument, repr(dtype), must)
+    if not jnp.issubdtype(found, jnp.floating):
+        fail(argument, found.name, must)
+    return found.name
+
+
 def key(argument: str, value: Any, *, many: int | None = None) -> None:
     """Check that a value is a typed key; or, where `many` is given, that many of them."""
     if not (hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)):

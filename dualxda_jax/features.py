@@ -107,8 +107,7 @@ def _forward(feature_fn: FeatureFn, sharding: NamedSharding | None, dtype: Any, 
 def _check_options(batch_size: int, sharding: Any, dtype: Any, cache: Any, fingerprint: str | None) -> None:
     if not isinstance(batch_size, int | np.integer) or batch_size < 1:
         _check.fail("batch_size", batch_size, "an integer, at least 1")
-    if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
-        _check.fail("dtype", jnp.dtype(dtype).name, "float32, bfloat16 or another floating type")
+    _check.floating_name("dtype", dtype)
     if cache is not None and fingerprint is None:
         _check.fail("fingerprint", None, "what made the batches, where a cache is given")
     if sharding is None:

@@ -147,3 +147,10 @@ def test_parts_behind_a_damaged_one_are_not_taken_for_its_followers(rng, tmp_pat
     with pytest.raises(KeyboardInterrupt):
         run(interrupted(), batch_size=4)
     assert np.allclose(run([(x, y)], batch_size=4).values, expected([(x, y)]), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat17", 3, "int32"])
+def test_a_dtype_that_is_none_is_refused_by_name(dtype):
+    batches = [(np.ones((2, 3), np.float32), np.zeros(2, np.int32))]
+    with pytest.raises(ValueError, match=r"^dtype: got .*, must be float32, bfloat16"):
+        features.extract(lambda params, x: x, None, batches, batch_size=2, dtype=dtype)

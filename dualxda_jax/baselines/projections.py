@@ -43,8 +43,8 @@ class Projection:
     kind: str = "sjlt"
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.size, int) and self.size >= 1):
-            _check.fail("projection", self.size, "an integer, 1 or more")
+        _check.positive_integer("projection", self.size)
+        object.__setattr__(self, "size", int(self.size))  # of NumPy's, too: it is a part of fingerprints
         if self.kind not in KINDS:
             _check.fail("projection_kind", repr(self.kind), f"one of {', '.join(KINDS)}")
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import warnings
 
 import jax
@@ -77,13 +76,14 @@ def representer(
     Source: Yeh et al. 2018, "Representer point selection for explaining deep neural networks", Theorem 3.1.
     """
     for name, value in {"regularization": regularization, "tolerance": tolerance}.items():
-        if not (math.isfinite(value) and value > 0):
+        if not (_check.is_real(value) and value > 0):
             _check.fail(name, value, "positive and finite")
-    if not (math.isfinite(intercept_scaling) and intercept_scaling >= 0):
+    if not (_check.is_real(intercept_scaling) and intercept_scaling >= 0):
         _check.fail("intercept_scaling", intercept_scaling, "finite and 0 or more")
     if targets not in TARGETS:
         _check.fail("targets", repr(targets), f"one of {', '.join(TARGETS)}")
     _check.positive_integer("chunk", chunk)
+    regularization, intercept_scaling, tolerance = map(float, (regularization, intercept_scaling, tolerance))
     fit = functools.partial(_fit, regularization, targets, intercept_scaling, tolerance, chunk)
     return Method("representer", fit, functools.partial(_scores, intercept_scaling, chunk), _self_influence)
 

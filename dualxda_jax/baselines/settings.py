@@ -5,7 +5,6 @@ import numbers
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from dualxda_jax import _check
 from dualxda_jax.baselines import gradients, rows, select
@@ -60,11 +59,7 @@ def projection_of(size: int | None, kind: str) -> Projection | None:
 
 def dtype_name(dtype: Any) -> str | None:
     """Name of a floating type; None for that of the parameters."""
-    if dtype is None:
-        return None
-    if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
-        _check.fail("dtype", jnp.dtype(dtype).name, "float32, bfloat16 or another floating type")
-    return jnp.dtype(dtype).name
+    return None if dtype is None else _check.floating_name("dtype", dtype)
 
 
 def count_checkpoints(asked: int | None, context: Context) -> int:

@@ -82,8 +82,9 @@ def trak(
 
     Source: Park et al. 2023, "TRAK: Attributing model behavior at scale".
     """
-    if not (math.isfinite(regularization) and regularization >= 0):
+    if not (_check.is_real(regularization) and regularization >= 0):
         _check.fail("regularization", regularization, "finite and 0 or more")
+    regularization = float(regularization)
     default = Projection(DEFAULT_SIZE, projection_kind)
     fixed = None if projection is None else Projection(projection, projection_kind)
     config = Config(params, fixed, checkpoints, dtype=dtype_name(dtype), chunk=chunk)

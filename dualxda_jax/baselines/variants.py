@@ -115,7 +115,7 @@ def dualda_variant(
     _check.positive_integer("chunk", chunk)
     if not costs:
         _check.fail("cost", "none", "one or more")
-    if not 0 <= intercept < np.inf:
+    if not (_check.is_real(intercept) and intercept >= 0):
         _check.fail("intercept", intercept, "finite and 0 or more")
     solver = dataclasses.replace(svm.SolverConfig() if config is None else config, intercept_scaling=float(intercept))
     settings = Config(costs, over, normalize, centre, float(intercept), labels, checkpoints, solver, chunk)

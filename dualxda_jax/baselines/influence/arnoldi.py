@@ -94,15 +94,13 @@ def influence_arnoldi(
     """
     checks.one_of("hessian", hessian, hvp.HESSIANS)
     reals = {"tolerance": tolerance, "regularization": regularization, "inverse_tolerance": inverse_tolerance}
-    for name, value in reals.items():
-        checks.nonnegative(name, value)
+    numbers = {name: checks.nonnegative(name, value) for name, value in reals.items()}
     for name, number in {"rank": rank, "krylov": krylov, "samples": samples, "chunk": chunk}.items():
         if number is not None:
             _check.positive_integer(name, number)
     if rank is not None and rank > (krylov or _KRYLOV):
         _check.fail("rank", rank, f"at most krylov={krylov or _KRYLOV}")
     config = Config(params, hessian, chunk, 1, 0, 0, samples, dtype=dtype_name(dtype))
-    numbers = {"tolerance": tolerance, "regularization": regularization, "inverse_tolerance": inverse_tolerance}
 
     def fit(key: Array, context: Context) -> Fitted:
         p = hvp.size(context, config)

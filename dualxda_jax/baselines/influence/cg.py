@@ -65,9 +65,9 @@ def influence_cg(
 
     Source: Martens 2010 (Hessian-free optimization); Koh and Liang 2017, arXiv 1703.04730.
     """
-    checks.nonnegative("damping", damping)
+    damping = checks.nonnegative("damping", damping)
     checks.one_of("hessian", hessian, hvp.HESSIANS)
-    checks.positive("tolerance", tolerance)
+    tolerance = checks.positive("tolerance", tolerance)
     for name, value in (("max_iterations", max_iterations), ("chunk", chunk), ("vectors", vectors)):
         _check.positive_integer(name, value)
     config = Config(params, hessian, chunk, vectors, max_iterations, dtype=dtype_name(dtype))

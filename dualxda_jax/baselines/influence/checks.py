@@ -1,6 +1,5 @@
 """Checks that the influence functions share. Values are looked at outside of a trace only."""
 
-import math
 from typing import NoReturn
 
 import jax
@@ -13,17 +12,18 @@ from dualxda_jax.baselines.protocol import Context
 from dualxda_jax.types import Array
 
 
-def nonnegative(argument: str, value: float) -> None:
-    """Raise unless it is a finite number, at least 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value >= 0):
+def nonnegative(argument: str, value: float) -> float:
+    """The number as one of Python, whose type bends to that of arrays; raise unless it is finite and at least 0."""
+    if not (_check.is_real(value) and value >= 0):
         _check.fail(argument, value, "a finite number, at least 0")
+    return float(value)
 
 
-def positive(argument: str, value: float) -> None:
-    """Raise unless it is a finite number above 0."""
-    nonnegative(argument, value)
-    if value == 0:
+def positive(argument: str, value: float) -> float:
+    """The same for a number above 0."""
+    if nonnegative(argument, value) == 0:
         _check.fail(argument, value, "above 0")
+    return float(value)
 
 
 def one_of(argument: str, value: str, names: tuple[str, ...]) -> None:

@@ -112,7 +112,7 @@ def influence_ekfac(
         ValueError: a bad argument; and in `fit`: parameters that no layer holds, NaN or Inf in a gradient.
     """
     if damping is not None:
-        checks.nonnegative("damping", damping)
+        damping = checks.nonnegative("damping", damping)
     checks.one_of("fisher", fisher, tuple(curvature.SOURCES))
     _check.positive_integer("max_samples", max_samples)
     _check.positive_integer("chunk", chunk)

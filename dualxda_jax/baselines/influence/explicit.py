@@ -66,7 +66,7 @@ def influence_explicit(
 
     Source: Koh and Liang 2017, arXiv 1703.04730.
     """
-    checks.nonnegative("damping", damping)
+    damping = checks.nonnegative("damping", damping)
     checks.one_of("hessian", hessian, hvp.HESSIANS)
     _check.positive_integer("max_parameters", max_parameters)
     _check.positive_integer("chunk", chunk)

@@ -67,8 +67,7 @@ def influence_lissa(
 
     Source: Agarwal, Bullins and Hazan 2017; Koh and Liang 2017, arXiv 1703.04730.
     """
-    checks.nonnegative("damping", damping)
-    checks.positive("scale", scale)
+    damping, scale = checks.nonnegative("damping", damping), checks.positive("scale", scale)
     checks.one_of("hessian", hessian, hvp.HESSIANS)
     numbers = {"repeats": repeats, "depth": depth, "batch": batch, "chunk": chunk, "vectors": vectors}
     for name, value in numbers.items():
