@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dualxda_jax import attribution
-from dualxda_jax.types import DualSolution, SolveInfo
+from dualxda_jax.types import DualSolution, SolveInfo, SupportModel
 
 
 def make_problem(rng, n=40, d=6, k=4, scaling=0.0, support=0.5, dtype=np.float32):
@@ -360,3 +360,17 @@ def intermediate_sizes(jaxpr):
             nested = getattr(value, "jaxpr", value)
             if hasattr(nested, "eqns"):
                 yield from intermediate_sizes(nested)
+
+
+@pytest.mark.parametrize("largest", [True, False])
+def test_nan_ranks_first_so_that_it_shows(largest):
+    rng = np.random.default_rng(0)
+    features, coefficients = rng.normal(size=(9, 3)).astype(np.float32), rng.normal(size=(9, 2)).astype(np.float32)
+    coefficients[4] = np.nan
+    model = SupportModel(
+        *map(jnp.asarray, (coefficients, features, np.arange(9) % 2, np.arange(9))),
+        jnp.zeros((2, 3)), jnp.zeros(2), 0.0, 9,
+    )  # fmt: skip
+    found = attribution.top_k(model, features[:2], np.array([0, 1]), k=2, largest=largest)
+    np.testing.assert_array_equal(found.index[:, 0], [4, 4])
+    assert np.isnan(found.scores[:, 0]).all() and np.isfinite(found.scores[:, 1]).all()

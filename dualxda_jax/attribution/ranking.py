@@ -30,7 +30,8 @@ def top_k(
 
     The support vectors are streamed in blocks and merged into a running top k, so memory is bounded by [q, block] for
     any s. Only support vectors are ranked (all other samples score exactly 0). Equal scores are ordered by the place in
-    the training set, the lower first. Derivatives are those of the kept scores; the ranking itself is held fixed.
+    the training set, the lower first; NaN comes before all others, so that it shows. Derivatives are those of the kept
+    scores; the ranking itself is held fixed.
 
     Args:
         model: the support vectors. Rows sharded over an Explicit mesh axis are gathered first.
@@ -98,8 +99,8 @@ def _kept_scores(
     def block_keys(start: Array) -> Array:
         block = [jax.lax.dynamic_slice_in_dim(a, start, rows) for a in (coefficients, features)]
         values = scoring.block_scores(block[0], block[1], query, targets, squared_intercept)
-        # The sort tells -0 from +0; they are one score and must tie.
-        return jnp.where(values == 0, 0.0, sign * values)
+        # The sort tells -0 from +0; they are one score and must tie. Of NaN only the positive one ranks first.
+        return jnp.where(jnp.isnan(values), jnp.nan, jnp.where(values == 0, 0.0, sign * values))
 
     def merge(best: tuple[Array, Array], number: Array) -> tuple[tuple[Array, Array], None]:
         # The last block is moved back to end at s; its rows that were seen before must not be ranked twice.
