@@ -150,7 +150,7 @@ def top_k(method: Method, fitted: Any, x: Any, targets: Any, *, k: int, largest:
         training set.
 
     Raises:
-        ValueError: k outside 1..n, and what the method's `scores` refuses.
+        ValueError: k outside 1..n, and what the method's `scores` refuses; NaN among a query's scores.
     """
     if not (isinstance(k, int | np.integer) and k >= 1):
         _check.fail("k", k, "an integer, 1 or more")
@@ -161,8 +161,8 @@ def top_k(method: Method, fitted: Any, x: Any, targets: Any, *, k: int, largest:
 def _best(start: int, block: Array, k: int, largest: bool) -> tuple[Array, Array]:
     if k > block.shape[1]:
         _check.fail("k", k, f"an integer in 1..{block.shape[1]} (the number of training samples)")
-    values, index = _top(block if largest else -block, k)
-    # NaN ranks above all others.
+    # NaN ranks above all others, if its sign is positive.
+    values, index = _top(jnp.where(jnp.isnan(block), jnp.nan, block if largest else -block), k)
     bad = np.flatnonzero(~np.isfinite(np.asarray(values[:, 0]).astype(np.float32)))
     if bad.size:
         _check.fail("scores", f"NaN or Inf for query {start + int(bad[0])}", "finite")
@@ -218,7 +218,8 @@ def _packed(part: Any) -> Any:
 
 
 def _unpacked(part: Any) -> Any:
-    is_packed = lambda node: isinstance(node, dict) and set(node) == {"outer"}  # noqa: E731
+    # A parameter may have that name too; what is kept of it is no list.
+    is_packed = lambda node: isinstance(node, dict) and set(node) == {"outer"} and isinstance(node["outer"], list)  # noqa: E731
     replace = lambda node: Outer(*node["outer"]) if is_packed(node) else node  # noqa: E731
     return jax.tree.map(replace, part, is_leaf=is_packed)
 

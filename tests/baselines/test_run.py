@@ -361,3 +361,27 @@ def test_a_sample_without_a_gradient_scores_zero(name, tiny):
     assert (scores[:, of_two] == 0).all() and (scores[np.asarray(targets) == 2] == 0).all()
     assert (scores[np.asarray(targets) != 2][:, ~of_two] != 0).all()
     assert (np.asarray(method.self_influence(fit))[of_two] == 0).all()
+
+
+@pytest.mark.parametrize("largest", [True, False])
+def test_nan_does_not_rank_last(largest, tiny):
+    context, x, targets = tiny
+    n = len(context.labels)
+    row = jnp.arange(n, dtype=jnp.float32).at[n // 2].set(jnp.nan)
+    method = baselines.Method("own", lambda key, c: c, lambda c, x, t: jnp.tile(row, (len(x), 1)), lambda c: row)
+    with pytest.raises(ValueError, match="scores: got NaN or Inf for query 0"):
+        baselines.top_k(method, context, x, targets, k=2, largest=largest)
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (2,)])  # an outer product, and none
+def test_a_parameter_may_have_any_name(shape, tmp_path):
+    rng = np.random.default_rng(0)
+    logits = lambda params, x: x @ params["outer"] if len(shape) == 2 else x[:, :2] * params["outer"][None]  # noqa: E731
+    params = {"outer": jnp.asarray(rng.normal(size=shape), jnp.float32)}
+    x = rng.normal(size=(5, 3)).astype(np.float32)
+    context = baselines.context(logits, params, x, np.arange(5) % 2, num_classes=2)
+    method, key = baselines.tracin(), jax.random.key(0)
+    wanted = method.scores(method.fit(key, context), x, np.arange(5) % 2)
+    for _ in range(2):  # the second one reads what the first wrote
+        fitted = baselines.fit_resumable(method, key, context, tmp_path)
+        np.testing.assert_array_equal(method.scores(fitted, x, np.arange(5) % 2), wanted)
