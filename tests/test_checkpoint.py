@@ -251,3 +251,12 @@ def test_a_full_disk_is_one_line_and_no_obstacle_later(tmp_path, monkeypatch, ca
     assert str(path) in str(raised.value) and "\n" not in str(raised.value)
     checkpoint.save(path, {"a": jnp.ones(3)}, overwrite=True)
     assert checkpoint.load(path)["a"].all()
+
+
+@pytest.mark.parametrize(
+    "leaf", [np.array([None]), np.array(["a"]), np.zeros(1, "datetime64[D]"), np.zeros(1, "i4,f4")]
+)
+def test_an_array_of_no_numbers_is_refused_by_name(leaf, tmp_path):
+    with pytest.raises(checkpoint.CheckpointError, match=r"^tree\['x'\]: an array of .* cannot be stored"):
+        checkpoint.save(tmp_path / "c", {"x": leaf})
+    assert not (tmp_path / "c").exists()

@@ -27,6 +27,8 @@ def encode(tree: Any, arrays: list[np.ndarray], where: str) -> Any:
             "static": [f.name for f in fields if f.metadata.get("static")],
         }
     if isinstance(tree, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
+        if isinstance(tree, np.ndarray | np.generic) and (tree.dtype.kind in "OSUMm" or tree.dtype.type is np.void):
+            raise CheckpointError(f"{where}: an array of {tree.dtype.name} cannot be stored, only those of numbers")
         return _encode_array(tree, arrays)
     if jax.tree_util.all_leaves([tree]):
         raise CheckpointError(f"{where}: a {type(tree).__name__} cannot be stored, only arrays and plain values")
