@@ -60,10 +60,12 @@ def coreset_selection(
 
     Raises:
         ValueError: scores of another shape or with NaN or infinities, no fraction, one outside (0, 1], one given twice,
-            something else than a typed key, a `retrain` that returns another shape or NaN.
+            something else than a typed key, a `retrain` that is no function or returns another shape, NaN or what is
+            no real numbers.
 
     Source: arXiv 2402.12118, coreset selection.
     """
+    _check_retrain(retrain)
     order = ranking(scores, key=key)
     ascending = _fractions(fractions, order.size, most=1.0)
     keep = np.zeros((ascending.size, order.size), bool)
@@ -94,6 +96,7 @@ def data_pruning(
 
     Source: arXiv 2402.12118, data pruning.
     """
+    _check_retrain(retrain)
     order = ranking(scores, key=key)
     ascending = _fractions(fractions, order.size, most=None)
     keep = np.ones((ascending.size, order.size), bool)
@@ -148,8 +151,17 @@ def _fractions(fractions: Sequence[float], n: int, *, most: float | None) -> np.
     return values
 
 
+def _check_retrain(retrain: Any) -> None:
+    if not callable(retrain):
+        _check.fail("retrain", f"a {type(retrain).__name__}", "a function from keep[f, n] to the worth of each row")
+
+
 def _curve(fractions: np.ndarray, values: Any) -> SelectionCurve:
-    values = np.asarray(values, np.float64)
+    try:
+        values = np.asarray(values)
+        values = values.astype(np.float64, casting="safe" if np.iscomplexobj(values) else "unsafe")
+    except (TypeError, ValueError):
+        _check.fail("retrain", f"an output of type {type(values).__name__}", "real numbers, as many for each row")
     if values.ndim not in (1, 2) or len(values) != len(fractions) or values.size == 0:
         _check.fail("retrain", f"an output of shape {values.shape}", f"[{len(fractions)}] or [{len(fractions)}, q]")
     if np.isnan(values).any():

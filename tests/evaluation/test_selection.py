@@ -79,3 +79,12 @@ def test_many_queries_do_not_drown_small_importance():
 def test_bad_input_is_named(name, call):
     with pytest.raises(ValueError, match=f"^{name}: got"):
         call()
+
+
+@pytest.mark.parametrize("select", [coreset_selection, data_pruning])
+@pytest.mark.parametrize(
+    "retrain", [5, None, lambda keep: "abc", lambda keep: [[1.0], [1.0, 2.0]], lambda keep: 1j * np.ones(len(keep))]
+)
+def test_a_retrain_that_gives_no_numbers_is_refused_by_name(select, retrain):
+    with pytest.raises(ValueError, match=r"^retrain: got a"):
+        select(SCORES, retrain, fractions=(0.25, 0.5))
