@@ -102,18 +102,25 @@ def context(
         learning_rates: [t] one for each checkpoint, `params` included; by default 1.
 
     Raises:
-        ValueError: shapes that do not fit, labels outside 0..k-1, a network with other than k logits, no samples.
+        ValueError: shapes that do not fit, labels outside 0..k-1, a network with other than k logits, no samples,
+            checkpoints that are no tuple of parameters like `params`.
     """
+    for name, function in {"logits": logits, "loss": loss}.items():
+        if not callable(function):
+            _check.fail(name, f"a {type(function).__name__}", "a function")
+    if features is not None and not callable(features):
+        _check.fail("features", f"a {type(features).__name__}", "a function (params, x) -> [b, d], or None")
     if len(np.shape(inputs)) < 2 or np.shape(inputs)[0] == 0:
         _check.fail("inputs", f"shape {np.shape(inputs)}", "[n, ...] with n of 1 or more")
+    _check.numbers("inputs", inputs, or_bool=True)
     _check.shape("labels", labels, (np.shape(inputs)[0],))
     _check.integers("labels", labels)
-    if num_classes < 2:
-        _check.fail("num_classes", num_classes, "2 or more")
+    if not _check.is_whole(num_classes) or num_classes < 2:
+        _check.fail("num_classes", num_classes, "an integer, 2 or more")
     _check.class_range("labels", labels, num_classes)
     inputs = jnp.asarray(inputs)
     _check_width(logits, params, inputs, num_classes)
-    every = tuple(checkpoints or ())
+    every = _alike(checkpoints, params)
     if not every or every[-1] is not params:
         every = (*every, params)
     rates = jnp.ones(len(every), jnp.float32) if learning_rates is None else jnp.asarray(learning_rates, jnp.float32)
@@ -122,6 +129,19 @@ def context(
         _check.fail("learning_rates", np.asarray(rates).tolist(), "finite")
     labels = jnp.asarray(labels).astype(jnp.int32)
     return Context(inputs, labels, every, rates, logits, features, head, loss, num_classes)
+
+
+def _alike(checkpoints: Any, params: Params) -> tuple[Params, ...]:
+    """The checkpoints, each like the parameters; a tree of parameters alone would be taken for many of them."""
+    if checkpoints is None:
+        return ()
+    if not isinstance(checkpoints, tuple | list):
+        _check.fail("checkpoints", f"a {type(checkpoints).__name__}", "a tuple of parameters")
+    shapes = lambda tree: (jax.tree.structure(tree), [np.shape(leaf) for leaf in jax.tree.leaves(tree)])  # noqa: E731
+    for number, one in enumerate(checkpoints):
+        if shapes(one) != shapes(params):
+            _check.fail("checkpoints", f"other leaves or shapes than those of params at {number}", "alike")
+    return tuple(checkpoints)
 
 
 def _check_width(logits: Logits, params: Params, inputs: Any, num_classes: int) -> None:
@@ -225,6 +245,7 @@ def check_queries(context: Context, x: Any, targets: Any) -> Array:
         ValueError: queries of another shape than the training inputs, targets that are no integers in 0..k-1.
     """
     _check.shape("x", x, ("q", *np.shape(context.inputs)[1:]))
+    _check.numbers("x", x, or_bool=True)
     _check.shape("targets", targets, (np.shape(x)[0],))
     _check.integers("targets", targets)
     _check.class_range("targets", targets, context.num_classes)

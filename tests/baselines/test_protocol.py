@@ -187,3 +187,27 @@ def test_samples_that_are_all_alike_give_finite_scores(name, tiny):
     fitted = method.fit(jax.random.key(0), alike)
     assert np.isfinite(method.scores(fitted, queries, targets)).all()
     assert np.isfinite(method.self_influence(fitted)).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("logits", None),
+        ("loss", 3),
+        ("features", 3),
+        ("inputs", np.full((4, 3), "a")),
+        ("inputs", np.ones((4, 3)) * 1j),
+        ("num_classes", "2"),
+        ("num_classes", None),
+        ("checkpoints", 3),
+        ("checkpoints", {"w": np.ones((3, 2), np.float32)}),
+        ("checkpoints", ({"w": np.ones((2, 2), np.float32)},)),
+        ("checkpoints", ({"v": np.ones((3, 2), np.float32)},)),
+    ],
+)
+def test_what_a_context_cannot_hold_is_refused_by_name(name, value):
+    given = {"logits": lambda params, x: x @ params["w"], "params": {"w": np.ones((3, 2), np.float32)}}
+    given |= {"inputs": np.ones((4, 3), np.float32), "labels": np.arange(4) % 2, "num_classes": 2}
+    assert baselines.context(**given).num_classes == 2
+    with pytest.raises(ValueError, match=f"^{name}: got "):
+        baselines.context(**given | {name: value})
