@@ -49,17 +49,16 @@ class _Rows(NamedTuple):
 
 
 def sweep(
-    problem: Problem, weights: Array, simplex: Array, skip: Array, *, spread: Array | None = None, grid: Any = None
+    problem: Problem, weights: Array, simplex: Array, skip: Array, *, order: Array | None = None, grid: Any = None
 ) -> Swept:
     """Visit every sample once whose q could gain.
 
     Args:
-        problem: the samples; their leading `problem.rows` count.
+        problem: the samples; the leading `problem.rows` of them count, or of their order.
         weights: [k, D] W(α) of all samples, in the precision that the sweep is to run in.
         simplex: [k, n] q, in the same precision.
         skip: scalar, leave a sample alone whose classes in q miss the highest score by no more than this.
-        spread: scalar int64, if given the samples are taken in the order 0, spread, 2 spread, … modulo n: without a
-            common divisor, every one comes up once, and each chunk is drawn from all over the data.
+        order: [n] int32, if given the order to take the samples in.
         grid: a dtype to round the dual variables to as they are set; then all that are on several classes are visited.
 
     Returns:
@@ -68,18 +67,19 @@ def sweep(
     n, k, size = problem.features.shape[0], simplex.shape[0], min(problem.chunk, problem.features.shape[0])
 
     def visit(i: Array, carry: Swept) -> Swept:
-        if spread is None:
+        if order is None:
             start = jnp.minimum(i * size, n - size)
             place = start + jnp.arange(size, dtype=jnp.int32)
             counts = (place >= i * size) & (place < problem.rows)
             take = lambda a: lax.dynamic_slice_in_dim(a, start, size)  # noqa: E731
         else:
-            turn = i * size + jnp.arange(size, dtype=jnp.int32)
-            place = ((turn.astype(jnp.int64) * spread) % n).astype(jnp.int32)
-            counts = turn < problem.rows
+            start = jnp.minimum(i * size, n - size)
+            place = lax.dynamic_slice_in_dim(order, start, size)
+            turn = start + jnp.arange(size, dtype=jnp.int32)
+            counts = (turn >= i * size) & (turn < problem.rows)
             take = lambda a: a[place]  # noqa: E731
         rows = _rows(problem, take, counts, k, carry.weights.dtype)
-        q = carry.simplex[:, place] if spread is not None else lax.dynamic_slice_in_dim(carry.simplex, start, size, 1)
+        q = carry.simplex[:, place] if order is not None else lax.dynamic_slice_in_dim(carry.simplex, start, size, 1)
         weights, new, slack, moved = _chunk(rows, carry.weights, q, skip, grid)
         kept = carry.simplex.at[:, jnp.where(counts, place, n)].set(new, mode="drop")
         return Swept(weights, kept, carry.slack + slack, carry.moved + moved)

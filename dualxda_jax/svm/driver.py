@@ -31,7 +31,9 @@ from dualxda_jax.svm.working_set import SolverState
 from dualxda_jax.types import SolveInfo
 
 # Certificates of rounded coefficients that may fall short before a solve gives up.
-MAX_ROUNDS = 5
+MAX_ROUNDS = 6
+# The most that a margin is asked for above 1, in terms of the tolerance: twice as much would be all of it.
+MOST_EXCESS = 0.45
 # Newton's method takes blocks this much larger than coordinate ascent.
 NEWTON_BLOCKS = 4
 
@@ -85,14 +87,21 @@ def resolved(config: SolverConfig, features: Any) -> SolverConfig:
     if config.method != "auto":
         return config
     if in_trace(features):
-        # Where rows lie cannot be seen here: where there are several devices, they may lie on all of them.
-        devices, platform = jax.device_count(), jax.default_backend()
+        # Where rows lie cannot be seen here: where there are several devices, they may lie on all of them, but not
+        # within a `shard_map`, where each device has its own.
+        devices, platform = (1 if _alone() else jax.device_count()), jax.default_backend()
     elif not isinstance(features, jax.Array):
         devices, platform = 1, jax.default_backend()
     else:
         places = features.devices()
         devices, platform = len(places), next(iter(places)).platform
     return dataclasses.replace(config, method="coordinate" if platform == "cpu" and devices == 1 else "newton")
+
+
+def _alone() -> bool:
+    """Whether the trace is of what one device does."""
+    types = jax.sharding.get_abstract_mesh().axis_types
+    return len(types) > 0 and all(kind == jax.sharding.AxisType.Manual for kind in types)
 
 
 def least_block(config: SolverConfig) -> int:
@@ -110,14 +119,14 @@ def margin_for(rounds: Array | int, config: SolverConfig, dtype: Any) -> Array:
     if dtype == jnp.float64:
         return jnp.ones((), jnp.float64)
     rounds = jnp.asarray(rounds, jnp.int32)
-    excess = 0.1 * rounds.astype(jnp.float64)
+    excess = jnp.minimum(0.1 * rounds.astype(jnp.float64), MOST_EXCESS)
     return 1.0 + config.tolerance * excess
 
 
 def begin(data: Data, start: Start | None, num_classes: int, config: SolverConfig, low: Any = None) -> SolverState:
     """The first state, in a trace: from a solution, or from zero, by sweeps or a sample where there are many rows.
 
-    From a solution, samples are looked at in the precision `low` if one is given.
+    After sweeps and from a solution, samples are looked at in the precision `low` if one is given.
     """
     problem = problem_from(data, num_classes, config)
     n, k = data.features.shape[0], num_classes
@@ -134,11 +143,13 @@ def begin(data: Data, start: Start | None, num_classes: int, config: SolverConfi
     if by_newton:
         weights, penalty, visits = working_set.weights_from_sample(problem, least_block(config), config)
         return working_set.begin(problem, jnp.zeros((k, n), jnp.float64), weights, penalty, visits, config, assign=True)
-    return swept(problem, jnp.zeros_like(problem.offset), nothing, none, config)
+    return swept(problem, jnp.zeros_like(problem.offset), nothing, none, config, low)
 
 
-def swept(problem: Problem, weights: Array, simplex: Array, visits: Array, config: SolverConfig) -> SolverState:
-    """The state after sweeps over all samples, as long as many of them move."""
+def swept(
+    problem: Problem, weights: Array, simplex: Array, visits: Array, config: SolverConfig, low: Any = None
+) -> SolverState:
+    """The state after sweeps over all samples, as long as many of them move, looked at in the precision `low`."""
     n, dtype = problem.count, result_dtype(problem.features)
     most = jnp.maximum(config.max_epochs - jnp.ceil(visits / n), 1.0).astype(jnp.int32)
 
@@ -154,7 +165,8 @@ def swept(problem: Problem, weights: Array, simplex: Array, visits: Array, confi
 
     first = (weights.astype(dtype), simplex.astype(dtype), jnp.int32(n), jnp.int32(0))
     _, q, _, i = lax.while_loop(unfinished, sweep, first)
-    return rounds_of.state_at(problem, q, visits + i.astype(jnp.float64) * n, config)
+    visits = visits + i.astype(jnp.float64) * n
+    return rounds_of.state_at(problem, q, visits, config, low, screened=True)
 
 
 def _warm(problem: Problem, start: Start, config: SolverConfig, low: Any) -> SolverState:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from dualxda_jax.svm import classwise, simplex
+from dualxda_jax.svm import classwise, reduced, simplex
 from dualxda_jax.svm.grouped import Block
 from dualxda_jax.svm.problem import Array, contract, places
 
@@ -109,7 +109,19 @@ def improve(block: Block, change: Array, q: Array, limit: Array | int) -> tuple[
 
 
 def _step_on(face: Face, slope: Array, limit: Array | int) -> tuple[Array, Array]:
-    """As `_solve`, the cheaper way: on a CPU by Gram matrices where they are small, and then with more iterations."""
+    """As `_solve`, the cheapest way: by one matrix where little is free, else by Gram matrices of the classes."""
+    limit = jnp.asarray(limit, jnp.int32)
+
+    def by_one() -> tuple[Array, Array]:
+        more = jnp.minimum(reduced.LONGER * limit, reduced.MOST)
+        return reduced.solve(face.features, face.active, slope, more, FORCING)
+
+    few = reduced.count(face.active) <= reduced.ROOM
+    return lax.cond(few, by_one, lambda: _step_on_many(face, slope, limit))
+
+
+def _step_on_many(face: Face, slope: Array, limit: Array) -> tuple[Array, Array]:
+    """As `_solve`, on a CPU by Gram matrices where they are small, and then with more iterations."""
     (k, p), width = slope.shape, face.features.shape[1]
     without = lambda: _solve(face, slope, limit)  # noqa: E731
     if not classwise.may_pay(p, width, k):
@@ -117,7 +129,7 @@ def _step_on(face: Face, slope: Array, limit: Array | int) -> tuple[Array, Array
 
     def choose() -> tuple[Array, Array]:
         slots = classwise.slots_of(face.active)
-        more = jnp.minimum(LONGER * jnp.asarray(limit, jnp.int32), MOST)
+        more = jnp.minimum(LONGER * limit, MOST)
         by_class = lambda: classwise.solve(face.features, face.active, slots, slope, more, FORCING)  # noqa: E731
         return lax.cond(classwise.pays(slots, face.parts * PART, width, limit), by_class, without)
 

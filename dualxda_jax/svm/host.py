@@ -29,9 +29,6 @@ LEVEL_GROWTH, LEVEL_GAP = 4, 0.1
 PRECISE_GAP = 1e-2
 # Its blocks hold this many times the samples that are undecided, and at most double from one round to the next.
 ROOM = 1.5
-# A round in float32 has reached what float32 can tell where the dual rose by less than this part of the gap, or where,
-# below the second, more than half of the gap is left; a block aims at 0.3 of it.
-FLOAT32_RISE, FLOAT32_GAP, FLOAT32_FALL = 1e-3, 1e-3, 0.5
 
 
 class Standing(NamedTuple):
@@ -156,12 +153,12 @@ def _by_coordinates(
     """
     precise, plain = anew or slack > 0, data
     data = _with_slack(plain, slack, config)
-    n, goal, run = data.features.shape[0], jnp.asarray(target, jnp.float64), programs_for(data, config)
+    goal, run = jnp.asarray(target, jnp.float64), programs_for(data, config)
     most = run.most_rows(data, config)
     given = {"num_classes": state.weights.shape[0], "config": config}
 
     def exactly(state: SolverState) -> SolverState:
-        return run.state_at(data, state.simplex, state.visits + 2.0 * n, **given, precise=True)
+        return run.refined(data, state, **given)
 
     if precise:
         state = exactly(state)
@@ -185,8 +182,7 @@ def _by_coordinates(
         state, *_ = run.one_round(data, state, goal, size=size, config=config, precise=precise)
         seen = standing(state)
         poor += precise and rounds_of.poor(last.dual, last.gap, seen.dual, seen.gap)
-        stuck = seen.dual - last.dual < FLOAT32_RISE * seen.gap
-        exhausted = stuck or (seen.ratio < FLOAT32_GAP and seen.ratio > FLOAT32_FALL * last.ratio)
+        exhausted = rounds_of.exhausted(last.dual, last.ratio, seen.dual, seen.gap, seen.ratio)
 
 
 def _sampled_start(data: Data, num_classes: int, config: SolverConfig) -> SolverState:

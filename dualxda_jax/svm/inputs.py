@@ -53,6 +53,7 @@ def prepare(
     if not jnp.issubdtype(features.dtype, jnp.floating):
         _check.fail("features", f"dtype {features.dtype}", "floating point")
     _check.shape("features", features, ["n", "d"])
+    _check_varying(features=features, labels=labels, cost=cost, sample_weight=sample_weight)
     n = features.shape[0]
     if n == 0:
         _check.fail("features", "no rows", "[n, d] with n of 1 or more")
@@ -82,6 +83,17 @@ def prepare(
         possible = (labels >= 0) & (labels < num_classes) & (costs >= 0.0)
         costs = jnp.where(possible, costs, jnp.nan)
     return features, labels.astype(jnp.int32), costs
+
+
+def _check_varying(**given: Any) -> None:
+    """Refuse what `shard_map` with `check_vma=True` passes: the loops of a solve do not say over what they vary."""
+    for name, value in given.items():
+        kind: Any = jax.typeof(value) if isinstance(value, jax.core.Tracer) else None
+        # By either of the names that versions of jax have for them.
+        axes = getattr(kind, "vma", None) or getattr(getattr(kind, "manual_axis_type", None), "varying", None)
+        if axes:
+            over = f"values that vary over the mesh axes {', '.join(sorted(map(str, axes)))}"
+            _check.fail(name, over, "inside of a jax.shard_map with check_vma=False")
 
 
 def _check_costs(name: str, values: Any, n: int, dtype: Any, *, scalar: bool) -> None:

@@ -18,8 +18,8 @@ from dualxda_jax.svm.problem import Array
 from dualxda_jax.svm.working_set import SolverState
 
 __all__ = [
-    "certified", "first_state", "handed_over", "most_rows", "on_grid", "one_round", "picked", "sampled", "state_at",
-    "surveyed", "sweep",
+    "certified", "first_state", "handed_over", "most_rows", "on_grid", "one_round", "picked", "refined", "sampled",
+    "state_at", "surveyed", "sweep",
 ]  # fmt: skip
 
 
@@ -41,6 +41,12 @@ def state_at(
     """The state at q, surveyed in float64 or in float32."""
     problem = problem_from(data, num_classes, config)
     return rounds_of.state_at(problem, q, visits, config, None if precise else jnp.float32, screened=True)
+
+
+@functools.partial(jax.jit, static_argnames=("num_classes", "config"))
+def refined(data: Data, state: SolverState, *, num_classes: int, config: SolverConfig) -> SolverState:
+    """A state that float32 or Newton's method left, in float64 and with W(α)."""
+    return rounds_of.refined(problem_from(data, num_classes, config), state, config.tolerance)
 
 
 @functools.partial(jax.jit, static_argnames=("num_classes", "config"))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from dualxda_jax.svm import block, coordinate, screening, surveys, working_set
 from dualxda_jax.svm.config import SolverConfig
-from dualxda_jax.svm.problem import Array, Problem, normalised, one_hot_of, weights_of
+from dualxda_jax.svm.problem import Array, Problem, normalised, one_hot_of, places, weights_of
 from dualxda_jax.svm.working_set import GOLDEN, SolverState
 
 # A round by coordinates is poor where the dual rises by less than this part of itself and of the gap, and more than
@@ -24,6 +24,11 @@ LONG, FAR = 300, 1e-2
 # its W is better than its W(α), and the latter is what is certified. So many turns get nowhere at most; and where both
 # methods' last ones did, and the dual has risen by less than this part of the gap, the precision is exhausted.
 STALLED_ROUNDS, STALLED_FALL, TURNS, TURN_RISE = 6, 0.5, 100, 1e-2
+# A round in float32 has reached what float32 can tell where the dual rose by less than this part of the gap, or where,
+# below the second, more than half of the gap is left; a block aims at 0.3 of it.
+FLOAT32_RISE, FLOAT32_GAP, FLOAT32_FALL = 1e-3, 1e-3, 0.5
+# Samples that lead by less, where the margin is 1, have a say in how the others are rounded.
+HARDLY = 0.1
 # Sweeps over all samples end once fewer than this part of them moves.
 FEW, LEAST_SWEEPS, MOST_SWEEPS = 0.17, 2, 8
 # They leave alone what violates its margin by less.
@@ -70,32 +75,65 @@ def looked_at(state: SolverState, seen: dict[str, Any]) -> SolverState:
 
 
 def sweep_all(problem: Problem, weights: Array, simplex: Array) -> coordinate.Swept:
-    """One sweep over all samples in the precision of the weights, each chunk drawn from all over the data."""
+    """One sweep over all samples with a cost, in the precision of the weights, each chunk from all over the data."""
     n = simplex.shape[1]
     spread = max(round(n * GOLDEN), 1)
     while math.gcd(spread, n) != 1:
         spread += 1
-    low = dataclasses.replace(problem, cost=problem.cost.astype(weights.dtype))
-    return coordinate.sweep(low, weights, simplex, jnp.asarray(SKIP, weights.dtype), spread=jnp.asarray(spread))
+    order = (jnp.arange(n, dtype=jnp.int64) * spread % n).astype(jnp.int32)
+    some, rows = _those(problem.cost[order] != 0.0)
+    low = dataclasses.replace(problem, cost=problem.cost.astype(weights.dtype), rows=rows)
+    return coordinate.sweep(low, weights, simplex, jnp.asarray(SKIP, weights.dtype), order=order[some])
 
 
-def on_grid(problem: Problem, state: SolverState, grid: Any, places: Array | None = None) -> SolverState:
-    """The state with dual variables that `grid`, a narrower dtype, holds exactly; those at `places` if given.
+def _those(chosen: Array) -> tuple[Array, Array]:
+    """[n] places of those that are chosen [n] and then anything, and how many they are."""
+    return places(chosen, chosen.shape[0], 0), jnp.sum(chosen, dtype=jnp.int32)
+
+
+def on_grid(problem: Problem, state: SolverState, grid: Any, part: Array | None = None) -> SolverState:
+    """The state with dual variables that `grid`, a narrower dtype, holds exactly; of the samples at `part` if given.
 
     Rounding each by itself moves the scores of all free samples, and where costs are large every little counts. A sweep
     that rounds as it goes lets every sample make up for what the ones before it lost.
     """
-    n = state.norms.shape[0]
-    q = state.simplex if places is None else state.simplex[:, jnp.minimum(places, n - 1)]
-    swept = coordinate.sweep(problem, state.weights, q, jnp.zeros((), state.weights.dtype), grid=grid)
-    simplex = swept.simplex if places is None else state.simplex.at[:, places].set(swept.simplex, mode="drop")
-    moved = dataclasses.replace(
-        state, weights=swept.weights, made=swept.weights, simplex=simplex, visits=state.visits + q.shape[1]
-    )
-    if places is not None:  # a part of all samples; whoever puts the parts together surveys them anew
+    none = jnp.zeros((), state.weights.dtype)
+    if part is None:
+        # Where a sample is on one class, its dual variables are zero or its cost, and there is nothing to round; but
+        # those that hardly lead may have to make up for the others.
+        order, rows = _those(state.lead < HARDLY)
+        few = dataclasses.replace(problem, rows=rows)
+        swept = coordinate.sweep(few, state.weights, state.simplex, none, order=order, grid=grid)
+        simplex, visits = swept.simplex, state.visits + rows.astype(state.visits.dtype)
+    else:
+        q = state.simplex[:, jnp.minimum(part, state.norms.shape[0] - 1)]
+        swept = coordinate.sweep(problem, state.weights, q, none, grid=grid)
+        simplex, visits = state.simplex.at[:, part].set(swept.simplex, mode="drop"), state.visits + q.shape[1]
+    moved = dataclasses.replace(state, weights=swept.weights, made=swept.weights, simplex=simplex, visits=visits)
+    if part is not None:  # whoever puts the parts together surveys them anew
         return moved
     lead = screening.aged(state, swept.weights).astype(state.lead.dtype)
     return dataclasses.replace(moved, lead=jnp.where(jnp.any(simplex != state.simplex, axis=0), -jnp.inf, lead))
+
+
+def refined(problem: Problem, state: SolverState, allowance: float) -> SolverState:
+    """A state that rounds in a lower precision left, or Newton's method, in that of the problem, with W(α) made anew.
+
+    Its leads may be those of a margin that was less by no more than the allowance.
+    """
+    return screening.survey(problem, state, anew(problem, state), allowance)
+
+
+def anew(problem: Problem, state: SolverState) -> SolverState:
+    """The state with W(α) made anew in the precision of the problem; what a survey tells is still that of before."""
+    weights = screening.weights_of(problem, state.simplex)
+    return dataclasses.replace(state, weights=weights, made=weights, visits=state.visits + state.samples)
+
+
+def exhausted(dual_before: Any, ratio_before: Any, dual: Any, gap: Any, ratio: Any) -> Any:
+    """Whether a round in float32 reached what float32 can tell, by dual, absolute and relative gap."""
+    stuck = dual - dual_before < FLOAT32_RISE * gap
+    return stuck | ((ratio < FLOAT32_GAP) & (ratio > FLOAT32_FALL * ratio_before))
 
 
 def poor(dual_before: Any, gap_before: Any, dual: Any, gap: Any) -> Any:

@@ -47,15 +47,16 @@ def _row_norms(weights: Array) -> Array:
     return jnp.sqrt(jnp.sum(weights * weights, axis=1))
 
 
-def survey(problem: Problem, before: SolverState, moved: SolverState) -> SolverState:
+def survey(problem: Problem, before: SolverState, moved: SolverState, allowance: Array | float = 0.0) -> SolverState:
     """The state after a survey of those that W's move, or a new q of their own, puts in doubt.
 
     Args:
         problem: the data; its `cost` has the precision that scores are taken in.
         before: the state with the leads that the last survey found.
         moved: the state with new weights W(α) and q, and a lead of -inf where q is new.
+        allowance: scalar, as in `aged`.
     """
-    kept = aged(dataclasses.replace(before, lead=moved.lead), moved.weights)
+    kept = aged(dataclasses.replace(before, lead=moved.lead), moved.weights, allowance)
     doubtful = ~(kept > 0.0)
     count, n = jnp.sum(doubtful, dtype=jnp.int32), doubtful.shape[0]
 
@@ -99,7 +100,8 @@ def _visit(problem: Problem, weights: Array, simplex: Array, lead: Array, chosen
         lead = lead.at[jnp.where(there, index, n)].set(at.lead.astype(lead.dtype), mode="drop")
         return lead, slack + jnp.sum(chunk.cost * at.slack).astype(slack.dtype)
 
-    return _over_some(problem, simplex.shape[0], chosen, add, (lead, jnp.zeros((), weights.dtype)))
+    lead, slack = _over_some(problem, simplex.shape[0], chosen, add, (lead, jnp.zeros((), weights.dtype)))
+    return surveys.without_cost(problem, lead), slack
 
 
 def weights_of(problem: Problem, simplex: Array) -> Array:

@@ -115,8 +115,9 @@ def solve(
     """Fit the multi-class SVM of Crammer and Singer and certify the fit by its duality gap.
 
     Works in eager mode, under `jit` and under `vmap` (over cost or sample_weight; by coordinates, that is on a CPU, one
-    problem after another). The solve and its certificate run in float64 whatever dtype comes in and whether or not x64
-    is enabled; features are cast chunk by chunk.
+    problem after another), and inside of `jax.shard_map(..., check_vma=False)`, which spreads problems over devices.
+    The solve and its certificate run in float64 whatever dtype comes in and whether or not x64 is enabled; features are
+    cast chunk by chunk.
 
     Args:
         features: [n, d] floating point; float64 is rounded to float32 where x64 is off. NumPy arrays and memory-mapped

@@ -210,6 +210,12 @@ def state_at(
     return _begin(data, q, at, visits, config, none, assign=False, exact=True, precise=precise)
 
 
+def refined(data: Data, state: SolverState, *, num_classes: int, config: SolverConfig) -> SolverState:
+    """A state that float32 or Newton's method left, in float64 and with W(α)."""
+    visits = state.visits + state.samples
+    return state_at(data, state.simplex, visits, num_classes=num_classes, config=config, precise=True)
+
+
 def handed_over(data: Data, state: SolverState, *, num_classes: int, config: SolverConfig) -> SolverState:
     """A state by coordinates as Newton's method takes it."""
     return _begin(data, state.simplex, state.weights, state.visits, config, None, assign=False, exact=False)

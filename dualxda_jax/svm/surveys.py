@@ -18,8 +18,8 @@ from dualxda_jax.svm.problem import (
     summed,
 )
 
-# What a sample on several classes is behind at least.
-BARELY = 1e-12
+# What a sample on several classes is behind at least, and what one that has no say leads by.
+BARELY, SURE = 1e-12, 1e38
 
 
 def norms_of(problem: Problem) -> Array:
@@ -61,9 +61,15 @@ def survey(problem: Problem, weights: Array, q: Array, *, assign: bool, exact: b
     n = q.shape[1]
     first = (q, jnp.zeros(n, jnp.float32), jnp.zeros_like(problem.offset), jnp.zeros(2, weights.dtype))
     q, lead, made, sums = over_rows(problem, q.shape[0], add, first)
+    lead = without_cost(problem, lead)
     made, sums = weights if exact else problem.offset + summed(made, problem.axis), summed(sums, problem.axis)
     primal = 0.5 * jnp.sum(weights * weights) + sums[0]
     return {"simplex": q, "lead": lead, "made": made, "primal": primal, "slack": sums[1]}
+
+
+def without_cost(problem: Problem, lead: Array) -> Array:
+    """Leads [n] with those of samples without a cost beyond all doubt, whichever class they are on; NaN stays."""
+    return jnp.where((problem.cost == 0.0) & ~jnp.isnan(lead), SURE, lead)
 
 
 class Standing(NamedTuple):

@@ -60,7 +60,7 @@ def test_a_sweep_visits_one_after_another(rng, x64, spread):
     order = np.arange(N) * (spread or 1) % N
     # With a negative threshold every sample is visited, and in the order of its chunk.
     swept = jax.jit(coordinate.sweep)(
-        data, weights, q, jnp.asarray(-1.0), spread=None if spread is None else jnp.asarray(spread)
+        data, weights, q, jnp.asarray(-1.0), order=None if spread is None else jnp.asarray(order, jnp.int32)
     )
     expected_weights, expected = one_after_another(data, q, order)
     np.testing.assert_allclose(swept.simplex, expected, atol=1e-10)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dualxda_jax import svm
 from dualxda_jax.svm import SolverConfig, driver, problem, rounds, screening
 
 N, D, K = 400, 6, 4
@@ -92,3 +93,24 @@ def test_weights_of_those_that_have_a_say(rng, x64, data, share):
     np.testing.assert_allclose(
         jax.jit(screening.weights_of)(whole, q), problem.weights_of(whole, q), rtol=1e-12, atol=1e-14
     )
+
+
+def test_samples_without_a_cost_are_never_undecided(rng, x64):
+    features = jnp.asarray(rng.normal(size=(80, 5)))
+    labels, costs = jnp.asarray(rng.integers(0, 3, 80), jnp.int32), jnp.asarray(np.arange(80) % 2 * 0.1)
+    given = {"num_classes": 3, "cost": costs, "config": SolverConfig(method="coordinate", tolerance=1e-8)}
+    state = svm.init(features, labels, **given)
+    # At zero every sample violates its margin.
+    assert int(state.undecided) == 40
+    for _ in range(3):
+        state, _ = svm.step(state, features, labels, **given)
+        assert not np.any(np.asarray(state.lead)[::2] < 0.0)
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_margin_leaves_room_within_the_tolerance():
+    config = svm.SolverConfig(tolerance=1e-3)
+    excess = [float(driver.margin_for(slack, config, jnp.float32)) - 1.0 for slack in range(9)]
+    assert excess[0] == 0.0 and np.all(np.diff(excess) >= 0.0)
+    # The gap widens by twice the excess.
+    assert 0.8e-3 <= 2.0 * excess[-1] < 1e-3
