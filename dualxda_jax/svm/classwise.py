@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
+from dualxda_jax.svm import conjugate
 from dualxda_jax.svm.coordinate import FEW_CLASSES
 from dualxda_jax.svm.problem import Array, contract
 
@@ -21,8 +22,6 @@ from dualxda_jax.svm.problem import Array, contract
 TILE, LEAST_TILE, SLOTS, EXPECTED = 128, 32, 4, 2
 # Multiply-adds of products of matrices in the time that an iteration takes for a tile of any size.
 TILE_COST = 4e5
-# Curvature per squared length that counts as none: rounding makes as much of large eigenvalues.
-FLAT = 1e-6
 
 
 class Slots(NamedTuple):
@@ -161,25 +160,7 @@ def solve(
 
         return lax.fori_loop(jnp.asarray(0, jnp.int32), slots.tiles, one, jnp.zeros_like(values))
 
-    def unfinished(state: Any) -> Array:
-        *_, square, i = state
-        return (square > goal) & (i < limit)
-
-    def iterate(state: Any) -> Any:
-        u, r, towards, square, i = state
-        seen = balanced(product(towards))
-        curvature = jnp.sum(towards * seen)
-        level = curvature <= FLAT * jnp.sum(towards * towards)
-        share = jnp.where(level, 0.0, square / jnp.where(level, 1.0, curvature))
-        r = r - share * seen
-        new = jnp.sum(r * r)
-        onward = jnp.where(level, towards, r + new / square * towards)
-        return u + share * towards, r, onward, jnp.where(level, -1.0, new), i + 1
-
     start = jnp.where(slots.taken, slope.astype(features.dtype)[slots.label, slots.sample], 0.0)
-    square = jnp.sum(start * start)
-    goal = forcing**2 * square
-    first = (jnp.zeros_like(start), start, start, square, jnp.asarray(0, jnp.int32))
-    u, _, towards, square, _ = lax.while_loop(unfinished, iterate, first)
+    u, level = conjugate.solve(lambda towards: balanced(product(towards)), start, limit, forcing)
     back = lambda values: jnp.where(active, values[slots.place], 0.0).astype(slope.dtype)  # noqa: E731
-    return back(u), back(jnp.where(square < 0.0, towards, 0.0))
+    return back(u), back(level)

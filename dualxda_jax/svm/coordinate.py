@@ -67,13 +67,12 @@ def sweep(
     n, k, size = problem.features.shape[0], simplex.shape[0], min(problem.chunk, problem.features.shape[0])
 
     def visit(i: Array, carry: Swept) -> Swept:
+        start = jnp.minimum(i * size, n - size)
         if order is None:
-            start = jnp.minimum(i * size, n - size)
             place = start + jnp.arange(size, dtype=jnp.int32)
             counts = (place >= i * size) & (place < problem.rows)
             take = lambda a: lax.dynamic_slice_in_dim(a, start, size)  # noqa: E731
         else:
-            start = jnp.minimum(i * size, n - size)
             place = lax.dynamic_slice_in_dim(order, start, size)
             turn = start + jnp.arange(size, dtype=jnp.int32)
             counts = (turn >= i * size) & (turn < problem.rows)

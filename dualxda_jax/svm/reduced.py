@@ -5,17 +5,13 @@ A step u of a sample on the classes A, which must sum to zero, is made of steps 
 matrix of v is (B Bᵀ) ⊙ (X Xᵀ), B the rows b and X the features of the samples. An iteration is one small product.
 """
 
-from typing import Any
-
 import jax.numpy as jnp
-from jax import lax
 
+from dualxda_jax.svm import conjugate
 from dualxda_jax.svm.problem import Array, contract, places
 
 # Steps that there is room for, so many times the iterations that reading the features would get, and at most.
 ROOM, LONGER, MOST = 256, 2, 300
-# Curvature per squared length that counts as none: rounding makes as much of large eigenvalues.
-FLAT = 1e-6
 
 
 def count(active: Array) -> Array:
@@ -52,28 +48,11 @@ def solve(features: Array, active: Array, slope: Array, limit: Array, forcing: f
     matrix = contract(base, base, 1, 1) * contract(x, x, 1, 1)
     right = jnp.where(there, slope[to, sample] - slope[start, sample], 0.0).astype(dtype)
 
-    def unfinished(state: Any) -> Array:
-        *_, square, i = state
-        return (square > goal) & (i < limit)
-
-    def iterate(state: Any) -> Any:
-        v, r, towards, square, i = state
-        seen = contract(towards[None, :], matrix, 1, 0)[0]
-        curvature = jnp.sum(towards * seen)
-        level = curvature <= FLAT * jnp.sum(towards * towards)
-        share = jnp.where(level, 0.0, square / jnp.where(level, 1.0, curvature))
-        r = r - share * seen
-        new = jnp.sum(r * r)
-        onward = jnp.where(level, towards, r + new / square * towards)
-        return v + share * towards, r, onward, jnp.where(level, -1.0, new), i + 1
-
-    square = jnp.sum(right * right)
-    goal = forcing**2 * square
-    begun = (jnp.zeros_like(right), right, right, square, jnp.asarray(0, jnp.int32))
-    v, _, towards, square, _ = lax.while_loop(unfinished, iterate, begun)
+    times = lambda values: contract(values[None, :], matrix, 1, 0)[0]  # noqa: E731
+    v, level = conjugate.solve(times, right, limit, forcing)
 
     def back(values: Array) -> Array:
         values = jnp.where(there, values, 0.0).astype(slope.dtype)
         return jnp.zeros_like(slope).at[to, sample].add(values).at[start, sample].add(-values)
 
-    return back(v), back(jnp.where(square < 0.0, towards, 0.0))
+    return back(v), back(level)
