@@ -67,12 +67,13 @@ class Certificate(NamedTuple):
 
 
 class Data(NamedTuple):
-    """What a solve is given: features [n, d], labels [n], costs [n] and the margin to ask for."""
+    """What a solve is given: features [n, d], labels [n], costs [n], the margin to ask for, and γ (None: none)."""
 
     features: Array
     labels: Array
     costs: Array
     margin: Array
+    smoothing: Array | None = None
 
 
 def problem_from(data: Data, num_classes: int, config: SolverConfig) -> Problem:

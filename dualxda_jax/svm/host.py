@@ -64,7 +64,7 @@ def solve_on_host(
 ) -> Answer:
     """The solve with its loop on the host."""
     by_newton = config.method == "newton"
-    report, run = _reporter(progress, config), programs_for(data, config)
+    report, run = reporter(progress, config), programs_for(data, config)
     if start is not None or data.features.shape[0] <= least_block(config):
         precise = start is None or data.features.dtype == jnp.float64
         state = run.first_state(data, start, num_classes=num_classes, config=config, precise=precise)
@@ -240,7 +240,7 @@ def _next_size(undecided: float, most: int, least: int) -> int:
     return min(wanted, most)
 
 
-def _reporter(progress: Progress | None, config: SolverConfig) -> Any:
+def reporter(progress: Progress | None, config: SolverConfig) -> Any:
     """Digits of the gap gained and to gain, in thousandths."""
     goal = max(round(-1000.0 * math.log10(config.tolerance)), 1)
 

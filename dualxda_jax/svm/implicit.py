@@ -8,6 +8,9 @@ K_ij = ⟨φ_i, φ_j⟩ + b², differentiating T_i z_i = 0 gives
     dα_i = dC_i (e_{y_i} − s_i/|s_i|) − u_i,    u_i in the range of T_i,
     T K T u = T (K D + α-weighted dφ + W dφ),   D_i = dC_i (e_{y_i} − s_i/|s_i|).                          (1)
 
+With smoothing γ, z_i − γ q_i with q_i = P_i / C_i takes the place of z_i. Then s_i/|s_i| becomes q_i, the operator
+T K T + γ/C, and the right-hand side has T (− q dγ) in addition: the solution is unique, and conditioned by γ/C.
+
 The operator of (1) is symmetric and positive semidefinite; only rows with two or more positive entries take part, a
 few hundred of 60,000. It is solved by conjugate residuals on rows scaled to unit norm, two products a step. The adjoint
 needs one solve with the same operator. Everything runs in float64, whatever dtype comes in and whether or
@@ -32,6 +35,7 @@ from jax import lax
 
 from dualxda_jax import _check
 from dualxda_jax.svm import implicit_rows as rows
+from dualxda_jax.svm import simplex
 from dualxda_jax.svm.problem import contract
 
 Array = jax.Array
@@ -47,6 +51,7 @@ def attach(
     features: Array,
     labels: Array,
     cost: Array,
+    smoothing: Array | float = 0.0,
     *,
     num_classes: int,
     intercept_scaling: float,
@@ -62,6 +67,7 @@ def attach(
         features: [n, d] what was solved for.
         labels: [n] integers in 0..k-1.
         cost: [n] the cost of every sample, its weight included.
+        smoothing: scalar γ of the solve.
         num_classes: k.
         intercept_scaling: b.
 
@@ -75,11 +81,14 @@ def attach(
     _check.shape("coefficients", coefficients, (n, num_classes))
     _check.shape("labels", labels, (n,))
     _check.shape("cost", cost, (n,))
-    return _attach(coefficients, features, labels, cost, float(intercept_scaling))
+    smoothing = jnp.asarray(smoothing, coefficients.dtype)
+    return _attach(coefficients, features, labels, cost, smoothing, float(intercept_scaling))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
-def _attach(coefficients: Array, features: Array, labels: Array, cost: Array, intercept_scaling: float) -> Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
+def _attach(
+    coefficients: Array, features: Array, labels: Array, cost: Array, smoothing: Array, intercept_scaling: float
+) -> Array:
     return coefficients
 
 
@@ -92,17 +101,18 @@ def _attach_jvp(intercept_scaling: float, primals: tuple[Array, ...], tangents: 
     # it can be given to JAX together with its adjoint: jvp, vjp and vmap follow, and no loop is unrolled.
     def solve(_: Any, right: tuple[Array, ...]) -> tuple[Array, ...]:
         with jax.enable_x64(True):
-            change = _push(at, right[0], right[1], static=static)
-        return right[0], right[1], right[2] + change
+            change = _push(at, right[0], right[1], right[3], static=static)
+        return right[0], right[1], right[2] + change, right[3]
 
     def transpose_solve(_: Any, right: tuple[Array, ...]) -> tuple[Array, ...]:
         with jax.enable_x64(True):
-            by_features, by_cost = _pull(at, right[2], static=static)
-        return right[0] + by_features, right[1] + by_cost, right[2]
+            by_features, by_cost, by_smoothing = _pull(at, right[2], static=static)
+        return right[0] + by_features, right[1] + by_cost, right[2], right[3] + by_smoothing
 
     # JAX transposes the system only where all of its right-hand side depends on what is differentiated by.
-    link = _zero_of(tangents[1]) + _zero_of(tangents[3])
-    right = tuple(part + link.astype(part.dtype) for part in (tangents[1], tangents[3], jnp.zeros_like(primals[0])))
+    link = _zero_of(tangents[1]) + _zero_of(tangents[3]) + _zero_of(tangents[4])
+    given = tangents[1], tangents[3], jnp.zeros_like(primals[0]), tangents[4]
+    right = tuple(part + link.astype(part.dtype) for part in given)
     # The system's matrix itself is only needed for derivatives by what it is made of, which `_first_order` forbids.
     solved = lax.custom_linear_solve(lambda x: x, right, solve, transpose_solve)
     return primals[0], solved[2]
@@ -141,8 +151,8 @@ def _first_order_jvp(primals: tuple[Array], tangents: tuple[Array]) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames="static")
-def _push(at: rows.Point, by_features: Array, by_cost: Array, *, static: rows.Static) -> Array:
-    """Forward derivative: dα [n, k] from dφ [n, d] and dC [n]."""
+def _push(at: rows.Point, by_features: Array, by_cost: Array, by_smoothing: Array, *, static: rows.Static) -> Array:
+    """Forward derivative: dα [n, k] from dφ [n, d], dC [n] and dγ."""
     face = _face(at, static)
     d = at.features.shape[1]
     moved = face.direction * by_cost.astype(jnp.float64)[:, None]
@@ -151,13 +161,14 @@ def _push(at: rows.Point, by_features: Array, by_cost: Array, *, static: rows.St
     margins = rows.scores(at.features, weights, static.intercept_scaling, static.chunk) + rows.scores(
         by_features, face.weights[:, :d], 0.0, static.chunk
     )
+    margins = margins - by_smoothing.astype(jnp.float64) * face.simplex
     change = moved - rows.solve(at, face, rows.tangent(face.active, margins), static)
     return change.astype(at.coefficients.dtype)
 
 
 @functools.partial(jax.jit, static_argnames="static")
-def _pull(at: rows.Point, cotangent: Array, *, static: rows.Static) -> tuple[Array, Array]:
-    """Reverse derivative: by φ [n, d] and C [n] from the cotangent [n, k] of α."""
+def _pull(at: rows.Point, cotangent: Array, *, static: rows.Static) -> tuple[Array, Array, Array]:
+    """Reverse derivative: by φ [n, d], C [n] and γ from the cotangent [n, k] of α."""
     face = _face(at, static)
     d = at.features.shape[1]
     cotangent = cotangent.astype(jnp.float64)
@@ -167,7 +178,8 @@ def _pull(at: rows.Point, cotangent: Array, *, static: rows.Static) -> tuple[Arr
     by_cost = jnp.sum(
         face.direction * (cotangent + rows.scores(at.features, weights, static.intercept_scaling, static.chunk)), axis=1
     )
-    return by_features.astype(at.features.dtype), by_cost.astype(at.cost.dtype)
+    by_smoothing = -jnp.sum(adjoint * face.simplex).astype(at.smoothing.dtype)
+    return by_features.astype(at.features.dtype), by_cost.astype(at.cost.dtype), by_smoothing
 
 
 def _face(at: rows.Point, static: rows.Static) -> rows.Face:
@@ -184,16 +196,22 @@ def _face(at: rows.Point, static: rows.Static) -> rows.Face:
     entering = _one_hot(jnp.min(jnp.where(highest, classes, k), axis=1), k)
     active = jnp.where((cost > 0.0)[:, None], positive.astype(jnp.float64), entering)
     size = jnp.sum(active, axis=1)
-    direction = one_hot - active / jnp.maximum(size, 1.0)[:, None]
-    return rows.Face(active, size >= 2.0, direction, alpha, weights)
+    gamma, weighs = at.smoothing.astype(jnp.float64), (cost > 0.0)[:, None]
+    # With smoothing a row without cost has its q all the same, and may have several active classes.
+    q = simplex.project(margins / jnp.where(gamma > 0.0, gamma, 1.0))
+    q = jnp.where(weighs, one_hot - alpha / jnp.where(weighs, cost[:, None], 1.0), jnp.where(gamma > 0.0, q, active))
+    q = jnp.where(active > 0.0, jnp.maximum(q, 0.0), jnp.where(weighs, 0.0, q))
+    # As its cost grows, α_i follows e_y − q; without smoothing any point of the face does, and the mean loses least.
+    towards = jnp.where(gamma > 0.0, q, active / jnp.maximum(size, 1.0)[:, None])
+    return rows.Face(active, size >= 2.0, one_hot - towards, alpha, weights, q)
 
 
 def _positive(at: rows.Point) -> Array:
     """[n, k] where P is positive."""
     cost = at.cost.astype(jnp.float64)[:, None]
-    simplex = cost * _one_hot(at.labels, at.coefficients.shape[1]) - at.coefficients.astype(jnp.float64)
+    left = cost * _one_hot(at.labels, at.coefficients.shape[1]) - at.coefficients.astype(jnp.float64)
     rounding = _POSITIVE_ULPS * float(jnp.finfo(at.coefficients.dtype).eps)
-    return simplex > max(_POSITIVE, rounding) * cost
+    return left > max(_POSITIVE, rounding) * cost
 
 
 def _capacity(at: rows.Point) -> int | None:

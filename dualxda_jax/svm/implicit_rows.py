@@ -19,12 +19,13 @@ _MAX_ITERATIONS = 5000
 
 
 class Point(NamedTuple):
-    """A solved problem: coefficients [n, k], features [n, d], labels [n], cost [n]."""
+    """A solved problem: coefficients [n, k], features [n, d], labels [n], cost [n], smoothing γ."""
 
     coefficients: Array
     features: Array
     labels: Array
     cost: Array
+    smoothing: Array
 
 
 class Static(NamedTuple):
@@ -44,6 +45,7 @@ class Face(NamedTuple):
         direction: [n, k] e_y − s/|s|: how α moves with the cost, but for u.
         alpha: [n, k] the coefficients.
         weights: [k, d] or, with an intercept, [k, d + 1].
+        simplex: [n, k] q.
     """
 
     active: Array
@@ -51,6 +53,7 @@ class Face(NamedTuple):
     direction: Array
     alpha: Array
     weights: Array
+    simplex: Array
 
 
 def tangent(active: Array, values: Array) -> Array:
@@ -120,8 +123,10 @@ def _count(number: Array | int) -> tuple[Array, Array]:
 
 
 def solve(at: Point, face: Face, right: Array, static: Static) -> Array:
-    """Solve T K T u = right for u [n, k] in the range of T; right is in that range."""
+    """Solve (T K T + γ/C) u = right for u [n, k] in the range of T; right is in that range."""
     n, k = right.shape
+    cost = at.cost.astype(jnp.float64)[:, None]
+    shift = jnp.where(cost > 0.0, at.smoothing.astype(jnp.float64) / jnp.where(cost > 0.0, cost, 1.0), 0.0)
     scaling = static.intercept_scaling
     # T of every row with one active entry is 0: in the order of the whole, such rows do no harm.
     if _row_sharded(at.features):
@@ -129,7 +134,7 @@ def solve(at: Point, face: Face, right: Array, static: Static) -> Array:
         rows = _extended(at.features, scaling) * scale
 
         def apply_all(u: Array) -> Array:
-            return tangent(face.active, contract(rows, sum_rows(u, rows), 1, 1))
+            return tangent(face.active, contract(rows, sum_rows(u, rows), 1, 1)) + scale**2 * shift * u
 
         return scale * _conjugate_residuals(apply_all, scale * right, _limit(face))
 
@@ -159,7 +164,7 @@ def solve(at: Point, face: Face, right: Array, static: Static) -> Array:
             return lax.dynamic_update_slice_in_dim(out, part, number * block, 0)
 
         weights = lax.fori_loop(*_count(blocks), add, jnp.zeros_like(face.weights))
-        return lax.fori_loop(*_count(blocks), write, jnp.zeros_like(u))
+        return lax.fori_loop(*_count(blocks), write, jnp.zeros_like(u)) + scale**2 * shift[inside] * u
 
     def scales(number: Array, out: Array) -> Array:
         return lax.dynamic_update_slice_in_dim(out, rows_of(number)[1], number * block, 0)

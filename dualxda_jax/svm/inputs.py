@@ -23,7 +23,7 @@ def result_dtype(features: Any) -> Any:
 
 def in_trace(*trees: Any) -> bool:
     """Whether values cannot be looked at, because they are traced or because a trace is under way around them."""
-    return _check.is_traced(*trees) or isinstance(jnp.zeros(()), jax.core.Tracer)
+    return _check.is_traced(*trees) or isinstance(jax.device_put(np.zeros(())), jax.core.Tracer)
 
 
 def device_limit(config: SolverConfig) -> int | None:
@@ -71,18 +71,35 @@ def prepare(
     if not _check.is_traced(features):
         _check_finite(features)
     if not (stays_on_host(features, config) and not _check.is_traced(labels, cost, sample_weight)):
-        features = jnp.asarray(features)
-    costs = jnp.broadcast_to(_as(cost, dtype), (n,))
-    if sample_weight is not None:
-        costs = costs * _as(sample_weight, dtype)
-        if not (_check.is_traced(cost, sample_weight) or _check.elsewhere(cost) or _check.elsewhere(sample_weight)):
-            _check_range("sample_weight times cost", np.asarray(cost, np.float64) * np.asarray(sample_weight), dtype)
-    labels = jnp.asarray(labels)
+        features = _on_device(features)
+    if in_trace(features, labels, cost, sample_weight) or _check.elsewhere(cost) or _check.elsewhere(sample_weight):
+        costs = jnp.broadcast_to(_as(cost, dtype), (n,))
+        costs = costs if sample_weight is None else costs * _as(sample_weight, dtype)
+    else:
+        # By NumPy, which has nothing to compile.
+        plain = np.broadcast_to(np.asarray(cost).astype(dtype), (n,))
+        # What overflows is refused by name below.
+        with np.errstate(over="ignore", under="ignore"):
+            plain = plain if sample_weight is None else plain * np.asarray(sample_weight).astype(dtype)
+        costs = _on_device(plain)
+    known = not (_check.is_traced(cost, sample_weight) or _check.elsewhere(cost) or _check.elsewhere(sample_weight))
+    if sample_weight is not None and known:
+        _check_range("sample_weight times cost", np.asarray(cost, np.float64) * np.asarray(sample_weight), dtype)
+    if not isinstance(labels, jax.Array):
+        labels = _on_device(np.asarray(labels).astype(np.int32))
     if _check.is_traced(labels, costs):
         # What could not be looked at above must not end as an answer: it ends as NaN and not converged.
         possible = (labels >= 0) & (labels < num_classes) & (costs >= 0.0)
         costs = jnp.where(possible, costs, jnp.nan)
-    return features, labels.astype(jnp.int32), costs
+    return features, labels if labels.dtype == jnp.int32 else labels.astype(jnp.int32), costs
+
+
+def _on_device(values: Any) -> Array:
+    """An array on the default device; NumPy is handed over without a program."""
+    if isinstance(values, jax.Array) or in_trace():
+        return jnp.asarray(values)
+    values = np.asarray(values)
+    return jax.device_put(values.astype(jax.dtypes.canonicalize_dtype(values.dtype)))
 
 
 def _check_varying(**given: Any) -> None:
@@ -129,13 +146,41 @@ def _as(values: Any, dtype: Any) -> Array:
     return values.astype(dtype) if isinstance(values, jax.Array) else jnp.asarray(np.asarray(values).astype(dtype))
 
 
+def smoothing_of(value: Any) -> Any:
+    """γ as the solver takes it: None for a known 0."""
+    if np.shape(value) != ():
+        _check.fail("smoothing", f"shape {np.shape(value)}", "a scalar")
+    _check.numbers("smoothing", value)
+    if _check.is_traced(value):
+        return jnp.where(value >= 0.0, value, jnp.nan)
+    number = float(value)
+    if not (np.isfinite(number) and number >= 0.0):
+        _check.fail("smoothing", number, "0 or more and finite")
+    return None if number == 0.0 else np.float64(number)
+
+
 @jax.jit
 def _all_finite(features: Array) -> Array:
     return jnp.all(jnp.isfinite(features))
 
 
+def _surely_finite(features: Any) -> bool:
+    """True if all features are finite; False where that takes a closer look."""
+    if not isinstance(features, jax.Array) or in_trace():
+        return False
+    if (
+        len(features.devices()) > 1
+        or next(iter(features.devices())).platform != "cpu"
+        or features.dtype == jnp.bfloat16
+    ):
+        return bool(_all_finite(features))
+    # A sum is finite only where all its terms are, and NumPy has nothing to compile for it.
+    with np.errstate(all="ignore"):
+        return bool(np.isfinite(np.asarray(features).sum()))
+
+
 def _check_finite(features: Any) -> None:
-    if isinstance(features, jax.Array) and not in_trace() and bool(_all_finite(features)):
+    if _surely_finite(features):
         return
     if _check.elsewhere(features):
         _check.fail("features", "NaN or Inf in some rows", "finite")

@@ -22,6 +22,7 @@ def solve_path(
     num_classes: int,
     costs: Any,
     config: SolverConfig = DEFAULT,
+    smoothing: Array | float = 0.0,
 ) -> DualSolution:
     """Solve for m costs.
 
@@ -31,6 +32,7 @@ def solve_path(
         num_classes: k.
         costs: [m] positive, in any order.
         config: static options, the same for all.
+        smoothing: scalar γ, as in `solve`.
 
     Returns:
         A `DualSolution` whose every array has a leading m axis, in the order of `costs`.
@@ -41,8 +43,8 @@ def solve_path(
     shape = np.shape(costs)
     if len(shape) != 1 or shape[0] == 0:
         _check.fail("costs", f"shape {shape}", "[m] with m of 1 or more")
-    if _check.is_traced(features, labels, costs):
-        return _traced_path(features, labels, jnp.asarray(costs, jnp.float32), num_classes, config)
+    if _check.is_traced(features, labels, costs, smoothing):
+        return _traced_path(features, labels, jnp.asarray(costs, jnp.float32), num_classes, config, smoothing)
     values = np.asarray(costs, np.float64)
     if not (np.isfinite(values).all() and (values > 0).all()):
         _check.fail("costs", values.tolist(), "positive and finite")
@@ -50,21 +52,23 @@ def solve_path(
     solutions: list[Any] = [None] * len(values)
     previous = None
     for i in order:
-        previous = solver.solve(
-            features, labels, num_classes=num_classes, cost=float(values[i]), config=config, init=previous
-        )
+        given: dict[str, Any] = {"cost": float(values[i]), "init": previous, "smoothing": smoothing}
+        previous = solver.solve(features, labels, num_classes=num_classes, config=config, **given)
         solutions[i] = previous
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *solutions)
 
 
-def _traced_path(features: Array, labels: Array, costs: Array, num_classes: int, config: SolverConfig) -> DualSolution:
+def _traced_path(
+    features: Array, labels: Array, costs: Array, num_classes: int, config: SolverConfig, smoothing: Any
+) -> DualSolution:
     order = jnp.argsort(costs)
 
     def one(before: Any, cost: Array) -> tuple[Any, DualSolution]:
         alpha, weights, intercept = before
         none: Any = None
         warm = DualSolution(alpha, weights, intercept, config.intercept_scaling, none)
-        solution = solver.solve(features, labels, num_classes=num_classes, cost=cost, config=config, init=warm)
+        given: dict[str, Any] = {"cost": cost, "init": warm, "smoothing": smoothing}
+        solution = solver.solve(features, labels, num_classes=num_classes, config=config, **given)
         parts = solution.coefficients, solution.weights, solution.intercept
         return lax.stop_gradient(parts), solution
 

@@ -44,3 +44,21 @@ def project(points: Array, *, axis: int = -1) -> Array:
     theta = lax.while_loop(unsettled, climb, (start, jnp.asarray(True), jnp.asarray(0, jnp.int32)))[0]
     q = jnp.maximum(shifted - theta, 0.0)
     return q / jnp.sum(q, axis=axis, keepdims=True)
+
+
+def threshold(points: Array, total: Array, steps: int) -> Array:
+    """[b] τ with Σ_c max(h_c − τ, 0) = total, for h [k, b] whose largest entries are 0.
+
+    Args:
+        points: [k, b] h.
+        total: scalar, 0 or more; for 0, τ is 0.
+        steps: static, Newton steps at most; where they do not suffice, the result is a lower bound.
+    """
+
+    def climb(_: Array, tau: Array) -> Array:
+        above = jnp.maximum(points - tau[None, :], 0.0)
+        count = jnp.sum(jnp.where(above > 0.0, 1.0, 0.0).astype(points.dtype), axis=0)
+        return jnp.maximum(tau + (jnp.sum(above, axis=0) - total) / jnp.maximum(count, 1.0), tau)
+
+    number = jnp.where(total > 0.0, steps, 0).astype(jnp.int32)
+    return lax.fori_loop(jnp.asarray(0, jnp.int32), number, climb, jnp.zeros_like(points[0]) - total)

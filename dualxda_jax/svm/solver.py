@@ -10,9 +10,9 @@ import numpy as np
 from jax import lax
 
 from dualxda_jax import _check
-from dualxda_jax.svm import driver, host, implicit, sharded, traced
+from dualxda_jax.svm import ascend, driver, host, implicit, sharded, traced
 from dualxda_jax.svm.config import DEFAULT, NotConvergedWarning, SolverConfig
-from dualxda_jax.svm.inputs import in_trace, prepare, result_dtype, start_of
+from dualxda_jax.svm.inputs import in_trace, prepare, result_dtype, smoothing_of, start_of
 from dualxda_jax.svm.problem import Array
 from dualxda_jax.svm.working_set import SolverState
 from dualxda_jax.types import DualSolution, Progress, SolveInfo
@@ -110,6 +110,7 @@ def solve(
     config: SolverConfig = DEFAULT,
     init: DualSolution | None = None,
     sample_weight: Array | None = None,
+    smoothing: Array | float = 0.0,
     progress: Progress | None = None,
 ) -> DualSolution:
     """Fit the multi-class SVM of Crammer and Singer and certify the fit by its duality gap.
@@ -130,6 +131,9 @@ def solve(
         init: a solution to start from, of another cost, other labels or fewer rows, too (the first rows are taken
             to be the same samples); what is infeasible here is brought into the box first.
         sample_weight: [n], multiplies the cost.
+        smoothing: scalar γ, 0 or more. Above 0 the hinge is smoothed by a quadratic on the dual simplex; coefficients
+            are unique then, derivatives exist but where an active class appears or leaves, and the gap is that of the
+            smoothed problem. 0 is the paper's. Not for features over several devices or in host memory.
         progress: called on the host after every round with (digits of the gap gained, digits to gain) in thousandths;
             not under a trace.
 
@@ -140,32 +144,57 @@ def solve(
     Raises:
         ValueError: shapes, dtypes, labels or costs that cannot be, and NaN or Inf in the features (outside of a trace).
 
-    Source: Crammer & Singer, JMLR 2001; for the method see `block`, `working_set` and `newton`.
+    Source: Crammer & Singer, JMLR 2001; smoothing: Blondel, Martins & Niculae, JMLR 2020. The method is in `program`.
     """
     features, labels, costs = prepare(features, labels, num_classes, cost, sample_weight, config)
+    gamma = smoothing_of(smoothing)
     start = start_of(init, features, num_classes, config.intercept_scaling)
     with jax.enable_x64(True):
-        data = driver.Data(features, labels, costs, jnp.ones((), jnp.float64))
+        data = driver.Data(features, labels, costs, jnp.ones((), jnp.float64), gamma)
         if not isinstance(features, np.ndarray):
             data, start = lax.stop_gradient((data, start))
         data, start, config, rows = _placed(data, start, config)
+        if gamma is not None and (rows is not None or isinstance(features, np.ndarray)):
+            _check.fail("smoothing", "above 0 for features over several devices or in host memory", "0 there")
         if not in_trace(data, start):
-            answer = host.solve_on_host(data, start, num_classes=num_classes, config=config, progress=progress)
+            answer = _solve_on_host(data, start, num_classes, config, progress)
         elif progress is not None:
             _check.fail("progress", "a callback inside a trace", "None there")
         elif rows is not None:
             answer = sharded.solve_traced(rows, data, start, num_classes=num_classes, config=config)
         else:
+            config = config if gamma is None else dataclasses.replace(config, method="coordinate")
             answer = traced.solve_traced(data, start, num_classes=num_classes, config=config)
-    if not isinstance(features, np.ndarray):
-        scaling = config.intercept_scaling
+    if not isinstance(features, np.ndarray) and in_trace(features, costs, gamma):
         coefficients = implicit.attach(
-            answer.coefficients, features, labels, costs, num_classes=num_classes, intercept_scaling=scaling
-        )
+            answer.coefficients, features, labels, costs, 0.0 if gamma is None else smoothing,
+            num_classes=num_classes, intercept_scaling=config.intercept_scaling,
+        )  # fmt: skip
         answer = answer._replace(coefficients=coefficients)
     solution = _solution(answer, features, config)
     _warn(solution, config)
     return solution
+
+
+def _solve_on_host(
+    data: driver.Data, start: Any, num_classes: int, config: SolverConfig, progress: Progress | None
+) -> driver.Answer:
+    """Block coordinate ascent on one CPU, and the turns with Newton's method where it stagnates."""
+    given: dict[str, Any] = {"num_classes": num_classes, "config": config}
+    plain = config.method == "coordinate" and isinstance(data.features, jax.Array) and config.axis is None
+    if not plain and data.smoothing is None:
+        return host.solve_on_host(data, start, progress=progress, **given)
+    answer = ascend.solve_on_host(
+        data, start, report=None if progress is None else host.reporter(progress, config), **given
+    )
+    info = answer.info
+    if data.smoothing is not None or bool(info.converged) or int(info.epochs) >= config.max_epochs:
+        return answer
+    other = host.solve_on_host(data, start, progress=progress, **given)
+    epochs = info.epochs + other.info.epochs
+    if float(other.info.gap) > float(info.gap):
+        return answer._replace(info=dataclasses.replace(info, epochs=epochs))
+    return other._replace(info=dataclasses.replace(other.info, epochs=epochs))
 
 
 def _warn(solution: DualSolution, config: SolverConfig) -> None:
@@ -200,6 +229,12 @@ def _placed(
 def _solution(answer: driver.Answer, features: Array, config: SolverConfig) -> DualSolution:
     """The answer with weights [k, d] and intercept [k], which follow the coefficients and features in derivatives."""
     scaling, d = config.intercept_scaling, features.shape[1]
+    if not in_trace(answer, features) and len(answer.weights.devices()) == 1:
+        # Outside of a trace by NumPy, which has nothing to compile.
+        made = np.asarray(answer.weights)
+        column = scaling * made[:, d] if scaling else np.zeros_like(made[:, 0])
+        put = jax.device_put
+        return DualSolution(answer.coefficients, put(made[:, :d]), put(column), scaling, answer.info)
     weights = answer.weights[:, :d]
     intercept = scaling * answer.weights[:, d] if scaling else jnp.zeros_like(weights[:, 0])
     if not isinstance(features, np.ndarray):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dualxda_jax.svm import block, screening, working_set
+from dualxda_jax.svm import ascend, block, screening, working_set
 from dualxda_jax.svm import rounds as rounds_of
 from dualxda_jax.svm.config import SolverConfig
 from dualxda_jax.svm.driver import (
@@ -87,6 +87,8 @@ def _one_by_one(
 
 @functools.partial(jax.jit, static_argnames=("num_classes", "config"))
 def _solve_traced(data: Data, start: Start | None, *, num_classes: int, config: SolverConfig) -> Answer:
+    if data.smoothing is not None:
+        return ascend.solve_in_trace(data, start, num_classes=num_classes, config=config)
     problem, by_coordinates = problem_from(data, num_classes, config), config.method == "coordinate"
     n, dtype = problem.count, result_dtype(data.features)
     size = min(n, max(least_block(config), -(-n // 8)))
