@@ -14,10 +14,10 @@ import numpy as np
 
 from dualxda_jax.svm import program
 from dualxda_jax.svm.config import SolverConfig
-from dualxda_jax.svm.driver import Answer, Data
+from dualxda_jax.svm.driver import Answer, Data, info_of
 from dualxda_jax.svm.inputs import Start, result_dtype
-from dualxda_jax.svm.margins import WIDE, Problem, State
-from dualxda_jax.svm.problem import relative, with_constant
+from dualxda_jax.svm.margins import WIDE, Problem
+from dualxda_jax.svm.problem import with_constant
 from dualxda_jax.types import SolveInfo
 
 FOREVER = 2**31 - 1
@@ -48,7 +48,7 @@ def solve_on_host(
     )
     static = program.layout(size, num_classes, config.block, config.chunk, heuristics)
     coefficients = None if start is None else jax.device_put(_filled(start.coefficients, size))
-    state = program.first_state(problem, coefficients, static=static)
+    state = program.begin(problem, coefficients, static=static)
     run: dict[str, Any] = {"static": static, "dtype": jnp.dtype(dtype).name}
     if report is None:
         state = program.advance(problem, state, np.int32(FOREVER), **run)
@@ -58,7 +58,7 @@ def solve_on_host(
         report(float(state.gap) / max(float(state.primal), 1e-300) if math.isfinite(float(state.gap)) else math.inf)
     found = np.asarray(program.coefficients_at(problem, state, dtype=run["dtype"]))[:n]
     primal, gap = np.asarray(state.primal), np.asarray(state.gap)
-    info = _info(primal, gap, _epochs(problem, state), config, dtype)
+    info = _info(primal, gap, math.ceil(float(state.visits) / n), config, dtype)
     return Answer(jax.device_put(found), jax.device_put(np.asarray(state.weights).astype(dtype)), info)
 
 
@@ -71,24 +71,18 @@ def solve_in_trace(data: Data, start: Start | None, *, num_classes: int, config:
     problem = Problem(extended, labels, costs.astype(WIDE), *numbers)
     static = program.layout(features.shape[0], num_classes, config.block, config.chunk, config.heuristics)
     name = jnp.dtype(dtype).name
-    state = program.first_state(problem, None if start is None else start.coefficients, static=static)
+    state = program.begin(problem, None if start is None else start.coefficients, static=static)
     state = program.advance(problem, state, jnp.asarray(FOREVER, jnp.int32), static=static, dtype=name)
-    info = _info(state.primal, state.gap, _epochs(problem, state), config, dtype)
+    epochs = jnp.ceil(state.visits / problem.samples)
+    info = info_of(state.primal, state.gap, epochs, config, dtype)
     return Answer(program.coefficients_at(problem, state, dtype=name), state.weights.astype(dtype), info)
 
 
-def _epochs(problem: Problem, state: State) -> Any:
-    if isinstance(state.visits, jax.core.Tracer):
-        return jnp.ceil(state.visits / problem.samples)
-    return np.ceil(np.asarray(state.visits) / np.asarray(problem.samples))
-
-
-def _info(primal: Any, gap: Any, epochs: Any, config: SolverConfig, dtype: Any) -> SolveInfo:
-    """The public record; a gap that is no number is not converged."""
-    ratio = gap / np.maximum(primal, 1e-30) if isinstance(primal, np.ndarray) else relative(gap, primal)
-    put = jax.device_put if isinstance(primal, np.ndarray) else lambda a: a
+def _info(primal: np.ndarray, gap: np.ndarray, epochs: float, config: SolverConfig, dtype: Any) -> SolveInfo:
+    """The public record, as `driver.info_of`, by NumPy; a gap that is no number is not converged."""
+    ratio, put = gap / np.maximum(primal, 1e-30), jax.device_put
     first, second, third = (put(a.astype(dtype)) for a in (primal, primal - gap, ratio))
-    return SolveInfo(first, second, third, put(epochs.astype(np.int32)), put(ratio <= config.tolerance))
+    return SolveInfo(first, second, third, put(np.int32(epochs)), put(ratio <= config.tolerance))
 
 
 def _filled(values: Any, size: int) -> np.ndarray:

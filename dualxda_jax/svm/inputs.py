@@ -152,6 +152,7 @@ def smoothing_of(value: Any) -> Any:
         _check.fail("smoothing", f"shape {np.shape(value)}", "a scalar")
     _check.numbers("smoothing", value)
     if _check.is_traced(value):
+        value = value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(jnp.float32)
         return jnp.where(value >= 0.0, value, jnp.nan)
     number = float(value)
     if not (np.isfinite(number) and number >= 0.0):

@@ -72,6 +72,7 @@ class State(NamedTuple):
         cursor: scalar int32, where the next working set begins.
         passes: scalar int32, rounds that still sweep over all samples.
         rounds: scalar int32.
+        left: scalar int32, rounds that the rounding sweep under way still takes; 0 outside of one.
         roundings: scalar int32, rounding sweeps so far.
         poor: scalar int32, rounds that stagnated.
         visits: scalar float64, rows read.
@@ -88,6 +89,7 @@ class State(NamedTuple):
     cursor: Array
     passes: Array
     rounds: Array
+    left: Array
     roundings: Array
     poor: Array
     visits: Array
@@ -140,9 +142,9 @@ def recompute(
     heuristics, n, k = static.heuristics, slack.shape[0], static.num_classes
     # A sample has one class compared with another: the two rows of W that moved most bound what is left of its slack.
     two = lambda w: jnp.sqrt(2.0 * jnp.sum(lax.top_k(jnp.sum(w * w, axis=1), 2)[0]))  # noqa: E731
-    unit = float(jnp.finfo(jnp.float32).eps) * heuristics.units * two(weights)
-    unit = jnp.where(precise, 0.0, unit)
-    reach = ((1.0 + heuristics.kept) * two(weights - state.weights) + unit).astype(jnp.float32)
+    units = heuristics.units + weights.shape[1] * heuristics.units_a_feature
+    unit = jnp.where(precise, 0.0, float(jnp.finfo(jnp.float32).eps) * units * two(weights)).astype(jnp.float32)
+    reach = ((1.0 + heuristics.kept) * two(weights - state.weights)).astype(jnp.float32)
     kept = slack - heuristics.kept * jnp.abs(slack) - reach * state.norms
     size = static.chunk
     doubt, number, _ = true_indices(~(kept > 0.0), -(-n // size) * size)
@@ -160,6 +162,9 @@ def recompute(
         inside = q > 0.0
         least = jnp.min(jnp.where(inside, h, jnp.inf), axis=0)
         ahead = least - jnp.max(jnp.where(inside, -jnp.inf, h), axis=0) - gamma
+        # What float32 products may have lost is taken off here, as later rounds no longer know how a slack was found.
+        lost = (unit * jnp.take(state.norms, i, mode="clip")).astype(WIDE)
+        ahead = ahead - jnp.where(problem.features.dtype == WIDE, 0.0, lost)
         single = count_true(inside, WIDE, axis=0) == 1.0
         new = jnp.where(single, ahead, jnp.minimum(least, -float(jnp.finfo(jnp.float32).tiny)))
         new = jnp.where(cost > 0.0, new, float(jnp.finfo(jnp.float32).max))

@@ -40,7 +40,8 @@ def bucket(n: int, heuristics: Heuristics) -> int:
     return -(-n // step) * step
 
 
-def begin(problem: Problem, coefficients: Array | None, static: Static) -> State:
+@functools.partial(jax.jit, static_argnames=("static",))
+def begin(problem: Problem, coefficients: Array | None, *, static: Static) -> State:
     """The state at dual variables [n, k], brought into the box, or at zero."""
     n, k, heuristics = problem.labels.shape[0], static.num_classes, static.heuristics
     at_label, size = one_hot(problem.labels, k), static.chunk
@@ -72,7 +73,8 @@ def begin(problem: Problem, coefficients: Array | None, static: Static) -> State
     passes = zero + (heuristics.passes * -(-n // static.room) if coefficients is None else 0)
     return State(
         weights, simplex, jnp.full(n, -jnp.inf, jnp.float32), norms, infinite, number,
-        heuristics.first_target * problem.tolerance, zero, passes, zero, zero, zero, 0.0 * number, zero + RUNNING,
+        heuristics.first_target * problem.tolerance, zero, passes, zero, zero, zero, zero, 0.0 * number,
+        zero + RUNNING,
     )  # fmt: skip
 
 
@@ -91,8 +93,8 @@ def working_level(slack: Array, heuristics: Heuristics) -> Array:
     return jnp.exp2(over(heuristics.level_steps, halve, (low, high))[0])
 
 
-def choose(problem: Problem, state: State, rounding: Array, static: Static) -> tuple[Array, Array, Array]:
-    """[room] int32 indices of the working set, how many of them count, and where the next one begins."""
+def choose(problem: Problem, state: State, rounding: Array, static: Static) -> tuple[Array, Array, Array, Array]:
+    """[room] int32 indices of the working set, how many count, where the next begins, and how many qualify."""
     n, heuristics = problem.labels.shape[0], static.heuristics
     # Where rounding the free samples alone fell short, those that are nearly free absorb its error.
     join = jnp.where(state.roundings > 0, heuristics.join_rounding, 0.0)
@@ -102,7 +104,7 @@ def choose(problem: Problem, state: State, rounding: Array, static: Static) -> t
     chosen = ((state.passes > 0) | (state.slack < level)) & (problem.cost > 0.0) & known
     spread = max(int(n * 0.6180339), 1)
     stride = next(s for s in range(spread, n + 1) if math.gcd(s, n) == 1)
-    return true_indices(chosen, static.room, state.cursor, stride % n)
+    return *true_indices(chosen, static.room, state.cursor, stride % n), jnp.sum(chosen, dtype=INT)
 
 
 def gather(problem: Problem, state: State, index: Array, count: Array, precise: Array, group: int) -> ascent.Block:
@@ -157,13 +159,17 @@ def one_round(problem: Problem, state: State, static: Static, dtype: Any) -> Sta
     """One outer iteration: solve the working set of most violating samples, then recompute margins and gap."""
     heuristics, n = static.heuristics, problem.labels.shape[0]
     relative = state.gap / jnp.maximum(state.primal, float(jnp.finfo(WIDE).tiny))
-    rounding = (state.passes == 0) & ((relative <= state.target) | (state.status == ENDING))
+    due = (state.left > 0) | (relative <= state.target) | (state.status == ENDING)
+    rounding = (state.passes == 0) & due
     precise = (relative <= heuristics.precise_gap) | rounding
-    index, count, cursor = choose(problem, state, rounding, static)
+    index, count, cursor, wanted = choose(problem, state, rounding, static)
+    # A rounding sweep visits all free samples, in as many rounds as that takes.
+    whole = jnp.where(state.left > 0, state.left, jnp.maximum((wanted + static.room - 1) // static.room, 1))
+    left = jnp.where(rounding, whole - 1, 0).astype(INT)
     block = gather(problem, state, index, count, precise, min(heuristics.group, n))
     goal = jnp.maximum(heuristics.aim * state.target * state.primal, heuristics.reduction * state.gap)
-    left = (problem.max_epochs * problem.samples - state.visits) / jnp.maximum(count.astype(WIDE), 1.0)
-    most = jnp.where(rounding, 1.0, jnp.clip(jnp.ceil(left), 1.0, heuristics.max_cycles)).astype(INT)
+    affordable = (problem.max_epochs * problem.samples - state.visits) / jnp.maximum(count.astype(WIDE), 1.0)
+    most = jnp.where(rounding, 1.0, jnp.clip(jnp.ceil(affordable), 1.0, heuristics.max_cycles)).astype(INT)
     to_grid = lambda q, cost, at: lax.cond(rounding, lambda: on_grid(q, cost, at, dtype), lambda: q)  # noqa: E731
     subspace = functools.partial(free_set.subspace_step, heuristics=heuristics)
     solved = ascent.solve_working_set(block, goal, most, to_grid, rounding, subspace, heuristics)
@@ -184,7 +190,7 @@ def one_round(problem: Problem, state: State, static: Static, dtype: Any) -> Sta
     visits = (solved.cycles + solved.steps) * count + number
     moved = state._replace(
         weights=weights, simplex=simplex, slack=slack, gap=gap, primal=jnp.where(sweeping, 1.0, dual + gap),
-        cursor=cursor, passes=passes, rounds=state.rounds + 1, visits=state.visits + visits.astype(WIDE),
+        cursor=cursor, left=left, passes=passes, rounds=state.rounds + 1, visits=state.visits + visits.astype(WIDE),
     )  # fmt: skip
     return conclude(problem, state, moved, rounding, static)
 
@@ -201,16 +207,21 @@ def conclude(problem: Problem, before: State, state: State, rounding: Array, sta
     again = far | useless
     passes = jnp.where(again, heuristics.passes * -(-n // static.room), state.passes)
     met = state.gap <= problem.tolerance * state.primal
-    roundings = state.roundings + rounding.astype(INT)
+    rounded = rounding & (state.left == 0)
+    roundings = state.roundings + rounded.astype(INT)
     rise = state.dual - before.dual
     poor = (before.passes == 0) & ~rounding & (before.rounds > 0) & (rise < heuristics.poor_rise * state.gap)
     poor &= (rise < heuristics.poor_rise * jnp.abs(state.dual)) & (state.gap > heuristics.poor_gap * before.gap)
     poor = before.poor + poor.astype(INT)
     epochs = state.visits / problem.samples
-    stuck = (poor >= heuristics.poor_rounds) | (roundings >= heuristics.max_roundings) | jnp.isnan(state.gap)
-    stuck |= (epochs >= heuristics.long_epochs) & (state.gap > heuristics.far * state.primal)
+    stuck = (poor >= heuristics.poor_rounds) | (
+        (epochs >= heuristics.long_epochs) & (state.gap > heuristics.far * state.primal)
+    )
+    # With smoothing no other method takes over, and what looks like stagnation passes.
+    stuck &= problem.smoothing == 0.0
+    stuck |= (roundings >= heuristics.max_roundings) | jnp.isnan(state.gap)
     ending = ~again & (stuck | (epochs >= problem.max_epochs))
-    done = rounding & (met | ending | (before.status == ENDING)) | jnp.isnan(state.gap)
+    done = rounded & (met | ending | (before.status == ENDING)) | jnp.isnan(state.gap)
     status = jnp.where(done, DONE, jnp.where(ending, ENDING, RUNNING)).astype(INT)
     return state._replace(
         weights=jnp.where(again, 0.0, state.weights),
@@ -218,17 +229,11 @@ def conclude(problem: Problem, before: State, state: State, rounding: Array, sta
         gap=jnp.where(again, jnp.inf, state.gap),
         primal=jnp.where(again, 1.0, state.primal),
         passes=passes.astype(INT),
-        target=jnp.where(rounding & ~met, 0.5 * before.target, before.target),
+        target=jnp.where(rounded & ~met, 0.5 * before.target, before.target),
         roundings=roundings,
         poor=poor,
         status=status,
     )
-
-
-@functools.partial(jax.jit, static_argnames=("static",))
-def first_state(problem: Problem, coefficients: Array | None, *, static: Static) -> State:
-    """`begin` as a program of its own."""
-    return begin(problem, coefficients, static)
 
 
 @functools.partial(jax.jit, static_argnames=("static", "dtype"))
