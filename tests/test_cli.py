@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from dualxda_jax import __version__, cli, pipeline
@@ -37,6 +38,28 @@ def test_a_mistake_is_one_line_and_a_non_zero_exit(arguments, message, capsys, t
     assert said[-1].startswith("dualxda: ") and message in said[-1]
     assert "Traceback" not in captured.err and not captured.out
     assert len([line for line in said if "dualxda:" in line]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "kept"),
+    [([], {}, True), (["--no-cache"], {}, False), ([], {"DUALXDA_NO_CACHE": "1"}, False), ([], {"own": "1"}, False)],
+)
+def test_compiled_programs_are_kept_unless_that_is_turned_off(arguments, environment, kept, tmp_path, monkeypatch):
+    folder = tmp_path / "cache" / "dualxda" / "programs"
+    own = "a folder of the user's" if "own" in environment else None
+    monkeypatch.setattr(cli.programs, "folder", lambda: folder)
+    for name in {*environment} - {"own"}:
+        monkeypatch.setenv(name, environment[name])
+    seen = []
+    monkeypatch.setattr(pipeline, "fit", lambda *a, **k: seen.append(jax.config.jax_compilation_cache_dir) or tmp_path)
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", own)
+    try:
+        assert cli.main(["fit", *arguments]) == 0
+        assert jax.config.jax_compilation_cache_dir == own
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert seen == [str(folder) if kept else own] and folder.exists() == kept
 
 
 @pytest.fixture(scope="module")

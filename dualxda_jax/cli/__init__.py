@@ -2,17 +2,21 @@
 
 import contextlib
 import functools
+import inspect
 import io
 import itertools
 import operator
 import sys
 from collections.abc import Callable, Sequence
 
-from dualxda_jax.cli import commands
+from dualxda_jax.cli import commands, programs
 
 COMMANDS: dict[str, Callable[..., None]] = {
     name: getattr(commands, name) for name in ("demo", "fit", "attribute", "explain", "evaluate", "bench", "version")
 }
+
+# The others compile nothing, or time it.
+KEPT = ("demo", "fit", "attribute", "explain", "evaluate")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +54,7 @@ def _parse(arguments: Sequence[str]) -> Callable[[], None]:
     try:
         with contextlib.redirect_stderr(complaints):
             return tyro.extras.subcommand_cli_from_dict(
-                {name: bind(command) for name, command in COMMANDS.items()},
+                {name: bind(_keeping(f) if name in KEPT else f) for name, f in COMMANDS.items()},
                 prog="dualxda",
                 description="DualXDA: which training samples made a prediction so, and through which features.",
                 args=arguments,
@@ -67,7 +71,27 @@ def _parse(arguments: Sequence[str]) -> Callable[[], None]:
         raise ValueError((" ".join(said) or "wrong arguments") + " (dualxda --help)") from None
 
 
+def _keeping(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with one argument more: whether compiled programs are kept."""
+
+    def run(*args: object, cache: bool = True, **kwargs: object) -> None:
+        with programs.kept(cache):
+            command(*args, **kwargs)
+
+    signature = inspect.signature(command)
+    last = inspect.Parameter("cache", inspect.Parameter.KEYWORD_ONLY, default=True, annotation=bool)
+    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), last])  # type: ignore[attr-defined]
+    run.__annotations__ = {**command.__annotations__, "cache": bool}
+    run.__name__, run.__module__ = command.__name__, command.__module__
+    # Every command's docstring ends with its arguments.
+    run.__doc__ = (
+        f"{inspect.getdoc(command)}\n    cache: keep compiled programs in the user's cache folder for the next run; "
+        f"{programs.OFF}=1 in the environment turns it off, too."
+    )
+    return run
+
+
 def _one_line(error: Exception) -> str:
-    if isinstance(error, ImportError) and error.name == "tyro":
-        return 'tyro is not installed: pip install "dualxda-jax[all]" brings what the command needs'
+    if isinstance(error, ImportError) and error.name in ("tyro", "platformdirs"):
+        return f'{error.name} is not installed: pip install "dualxda-jax[all]" brings what the command needs'
     return " ".join(str(error).split()) or type(error).__name__
